@@ -1,0 +1,1 @@
+"""Text to batches: records, prompts, token ids, packed rows."""

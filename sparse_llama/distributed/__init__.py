@@ -1,0 +1,1 @@
+"""Many processes, correct with one: ranks, collectives."""

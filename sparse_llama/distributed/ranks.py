@@ -1,0 +1,80 @@
+"""Who this process is among the launcher's processes, and the few collectives that the project needs.
+
+The launcher (``deepspeed``, ``torchrun``) sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Without it a command runs as
+the only process of a job of one, on a port that the kernel picks.
+"""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Return this process' number among all; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return this process' number on its host; it names the GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes of the job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Return the device this process computes on: its own GPU, or the CPU."""
+    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    return torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
+
+
+def initialize() -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs); does nothing the second time."""
+    if dist.is_initialized():
+        return
+    if device().type == "cpu":
+        # DeepSpeed picks its accelerator from the first library it finds; the devices must agree with ours.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(device())
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    import deepspeed  # takes 2 s: only when a process group is needed
+
+    deepspeed.init_distributed(verbose=False)
+
+
+def finalize() -> None:
+    """Leave the process group, so that no rank warns about a leaked one at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here; returns at once without a process group."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``tensor`` over all processes, as a new tensor; the tensor itself with one process."""
+    if not dist.is_initialized() or world_size() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
