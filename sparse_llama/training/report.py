@@ -1,0 +1,181 @@
+"""What a run says about itself: the start table, ``run.json``, ``summary.json``, answers, and the closing table."""
+
+import json
+import math
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from sparse_llama.distributed import ranks
+from sparse_llama.reporting.tables import format_bytes, format_seconds, format_share, show_columns, show_table
+from sparse_llama.training.checkpoint import Position
+from sparse_llama.training.metrics import device_name, git_commit, peak_memory_bytes, versions
+from sparse_llama.training.session import Session
+from sparse_llama.training.validation import Validation, spread
+
+
+def show_start(console: Console, session: Session) -> None:
+    """Print what is about to run, and everything in the configuration that will have no effect."""
+    run, settings = session.run, session.run.settings
+    batch = f"{run.global_batch_size} rows = {run.micro_batch_size} x {run.gradient_accumulation_steps} micro-batches"
+    rows = [
+        ("model", f"{settings.model.path}  ({_count(session.llama.num_parameters())} parameters, frozen)"),
+        ("adapter", f"{settings.adapter.version}  ({_trainable(session):,} trainable parameters)"),
+        ("attention", attention_line(session)),
+        ("data", f"{settings.data.dataset}  ({len(session.validation_examples)} validation records)"),
+        ("batch", f"{batch} x {ranks.world_size()} process{'es' if ranks.world_size() > 1 else ''}"),
+        ("length", f"{settings.seq_length} tokens{', packed' if settings.data.packing else ''}"),
+        ("steps", str(session.total_steps)),
+        ("precision", run.precision),
+        ("ZeRO stage", f"{run.zero_stage}{'' if run.offload == 'none' else f', offload to {run.offload}'}"),
+        ("checkpointing", "every adapted layer" if run.checkpointing is not None else "off"),
+        ("device", device_name()),
+        ("output", str(run.output_dir)),
+    ]
+    show_table(run.name, rows, console)
+    show_table("data", session.ledger.rows(), console)
+    for notice in run.notices:
+        console.print(f"note: {notice}", style="yellow")
+
+
+def attention_line(session: Session) -> str:
+    """Return the attention and its token-pair density; a sparse layout that is causal at this length says so."""
+    sparsity = session.run.sparsity
+    if sparsity is None:
+        return "dense"
+    line = f"sparse, {sparsity.mode}, block {sparsity.block}, density {density(session):.2f}"
+    if density(session) == 1.0:
+        line += f" (fully causal at {session.run.settings.seq_length} tokens: the same numbers and cost as dense)"
+    return line
+
+
+def density(session: Session) -> float:
+    """Return the token-pair density at the run's own length; 1.0 for dense attention."""
+    layout = session.plan.layout
+    return 1.0 if layout is None else layout.density_at(session.run.settings.seq_length)
+
+
+def run_record(session: Session) -> dict[str, Any]:
+    """Return what ``run.json`` holds: the resolved configuration and what is needed to repeat the run."""
+    return session.run.to_json() | {
+        "total_steps": session.total_steps,
+        "command": [argument for argument in sys.argv if not argument.startswith("--local_rank")],
+        "world_size": ranks.world_size(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def summarize(session: Session, position: Position, final: Validation) -> dict[str, Any]:
+    """Return what ``summary.json`` holds."""
+    before = position.before or {}
+    return {
+        "name": session.run.name,
+        "adapter_version": session.run.settings.adapter.version,
+        "trainable_parameters": _trainable(session),
+        "attention": "dense" if session.run.sparsity is None else session.run.sparsity.mode,
+        "density": density(session),
+        "seq_length": session.run.settings.seq_length,
+        "zero_stage": session.run.zero_stage,
+        "precision": session.run.precision,
+        "train_loss": position.loss_sum / max(position.labelled_tokens, 1),
+        "validation_loss_before": before.get("loss"),
+        "validation_loss": final.loss,
+        "exact_match_before": before.get("exact_match"),
+        "exact_match": final.exact_match,
+        "steps": position.step,
+        "tokens": position.tokens,
+        "labelled_tokens": position.labelled_tokens,
+        "tokens_per_s": position.tokens / position.elapsed_s if position.elapsed_s else None,
+        "elapsed_s": position.elapsed_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": device_name(),
+        "data": session.ledger.to_json(),
+        "versions": versions(),
+    }
+
+
+def show_answers(console: Console, session: Session, position: Position, final: Validation) -> None:
+    """Print held-out prompts with the answers from before and after."""
+    before = (position.before or {}).get("answers", [])
+    answerable = [example for example in session.validation_examples if example.prompt and example.response]
+    shown = spread(answerable, session.run.settings.training.samples)
+    rows = [
+        [_question(example.prompt), _one_line(old), _one_line(new), _one_line(example.response)]
+        for example, old, new in zip(shown, before, final.answers, strict=False)
+    ]
+    if rows:
+        show_columns("held-out records", ["instruction", "before", "after", "reference"], rows, console)
+
+
+def show_summary(console: Console, session: Session, summary: dict[str, Any]) -> None:
+    """Print the closing table, where the adapter is, and the commands that come next."""
+    peaks = summary["peak_memory_bytes"]
+    memory = f"{format_bytes(peaks['gpu'])} GPU, " if peaks["gpu"] else ""
+    rows = [
+        ("parameters tuned", f"{summary['trainable_parameters']:,}"),
+        ("train loss (average)", f"{summary['train_loss']:.4f}"),
+        ("validation loss", f"{summary['validation_loss_before']:.4f} -> {summary['validation_loss']:.4f}"),
+        *_exact_match_rows(summary["exact_match_before"], summary["exact_match"]),
+        ("training time", format_seconds(summary["elapsed_s"])),
+        ("tokens/s", f"{summary['tokens_per_s'] or math.nan:,.0f}"),
+        ("peak memory", f"{memory}{format_bytes(peaks['host'])} host"),
+    ]
+    show_table("result", rows, console)
+    output, model = session.run.output_dir, session.run.settings.model.path
+    console.print(f"The adapter is in {output / 'adapter'}. Next:\n")
+    corpus = session.run.settings.data.dataset
+    question = _instruction(session)
+    for command in (
+        f"python launch/evaluate.py --model {model} --adapter {output / 'adapter'} --data {corpus}",
+        f"python launch/generate.py --model {model} --adapter {output / 'adapter'} --prompt {json.dumps(question)}",
+        f"python launch/export.py --checkpoint {output} --output exports/{session.run.name} --format merged",
+    ):
+        console.print(f"  {command}", soft_wrap=True, markup=False)
+    console.print()
+
+
+def score(validation: Validation) -> str:
+    """Return exact match for a progress line, or nothing."""
+    if validation.exact_match is None:
+        return ""
+    return f"  exact match {format_share(validation.exact_match['average'])}"
+
+
+def _exact_match_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if before is None or after is None:
+        return []
+    rows = [("exact match", f"{format_share(before['average'])} -> {format_share(after['average'])}")]
+    for category, share in after["by_category"].items():
+        rows.append((f"  {category}", f"{format_share(before['by_category'][category])} -> {format_share(share)}"))
+    return rows
+
+
+def _instruction(session: Session) -> str:
+    for example in session.validation_examples:
+        if example.prompt:
+            return _question(example.prompt)
+    return "Once upon a time"
+
+
+def _question(prompt: str) -> str:
+    """Return the instruction alone: the template around it is the same for every record."""
+    _, _, rest = prompt.partition("### Instruction:\n")
+    return _one_line((rest or prompt).partition("\n\n###")[0])
+
+
+def _one_line(text: str, width: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _trainable(session: Session) -> int:
+    return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in session.parameters.values())
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)

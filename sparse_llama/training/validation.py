@@ -1,0 +1,52 @@
+"""What a run is judged by, before and after: validation loss, exact match, sample answers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from sparse_llama.config.settings import TrainingSettings
+from sparse_llama.data.batches import Batch
+from sparse_llama.data.records import Example
+from sparse_llama.data.tokenizer import Tokenizer
+from sparse_llama.evaluation.exact_match import exact_match
+from sparse_llama.evaluation.loss import mean_token_loss
+from sparse_llama.generation import generate_batch
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One look at the model: mean loss per labelled token, exact match (None when not asked for), sample answers."""
+
+    loss: float
+    exact_match: dict[str, Any] | None = None
+    answers: list[str] = field(default_factory=list)
+
+
+def validate(
+    objective: nn.Module,
+    llama: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    batches: list[Batch],
+    examples: list[Example],
+    settings: TrainingSettings,
+) -> Validation:
+    """Return the model's state on held-out records; every rank must call it (ZeRO-3 gathers weights in step)."""
+    was_training = objective.training
+    objective.eval()
+    loss = mean_token_loss(objective, batches)
+    answerable = [example for example in examples if example.prompt and example.response]
+    scored = spread(answerable, settings.exact_match_records)
+    matches = exact_match(llama, tokenizer, scored, settings.max_new_tokens) if scored else None
+    shown = [example.prompt for example in spread(answerable, settings.samples)]
+    answers = generate_batch(llama, tokenizer, shown, settings.max_new_tokens) if shown else []
+    objective.train(was_training)
+    return Validation(loss, matches, answers)
+
+
+def spread(examples: list[Example], count: int) -> list[Example]:
+    """Return ``count`` examples at equal distances, so that a sorted file is not judged by its beginning alone."""
+    if count >= len(examples):
+        return examples
+    return [examples[index * len(examples) // count] for index in range(count)]
