@@ -1,0 +1,128 @@
+"""The adapter folder: ``adapter.safetensors`` (the trained tensors, fp32) and ``adapter_config.json`` (what they belong to)."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sparse_llama.adapters.attach import trainable_parameters
+from sparse_llama.config.section import Section
+from sparse_llama.config.settings import AdapterSettings
+from sparse_llama.errors import CheckpointError, SparseLlamaError
+
+WEIGHTS_NAME = "adapter.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+class BaseModelReference(Section):
+    """The base an adapter was trained on, as the run named it."""
+
+    path: str
+    revision: str | None = None
+
+
+class AdapterFile(Section):
+    """``adapter_config.json``: everything but the tensors that is needed to rebuild the adapted model."""
+
+    format: Literal["sparse-llama"] = "sparse-llama"
+    format_version: Literal[1] = 1
+    base_model: BaseModelReference
+    adapter: AdapterSettings
+    sparse_attention: dict[str, Any] | None = None
+    """The layout's block, as in the run's JSON; None is dense attention."""
+    master_length: int = Field(ge=1)
+    """Tokens of the master layout that shorter sequences are cropped from."""
+    seed: int
+    """Of random blocks and of the prompts' initial values."""
+    seq_length: int = Field(ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """What the run computed in; evaluation and export use it too."""
+    trainable_parameters: int
+    version: str
+    """Of sparse-llama, when this was written."""
+
+
+def save_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: AdapterFile) -> None:
+    """Write ``tensors`` as fp32 and ``config`` into ``folder``, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # clone: safetensors refuses tensors that share memory, as views of DeepSpeed's flat buffers do
+    whole = {name: tensor.detach().to("cpu", torch.float32).clone() for name, tensor in tensors.items()}
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(whole, path, metadata={"format": "pt"}))
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_adapter(folder: Path) -> tuple[AdapterFile, dict[str, torch.Tensor]]:
+    """Return the configuration and the fp32 tensors of an adapter folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another program or version.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder}: no {name}; an adapter folder holds {WEIGHTS_NAME} and {CONFIG_NAME}, such as OUTPUT_DIR/adapter"
+            )
+    config = _read_config(folder / CONFIG_NAME)
+    try:
+        return config, load_file(folder / WEIGHTS_NAME)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME}: not a complete safetensors file ({error}); copy or train it again"
+        ) from error
+
+
+@torch.no_grad()
+def apply_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], *, source: str = "the adapter") -> None:
+    """Copy ``tensors`` into what trains in ``model``; names and shapes must agree both ways.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape; nothing has been copied then.
+    """
+    parameters = dict(trainable_parameters(model))
+    missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or unexpected:
+        found = [f"{len(names)} {word} (first {names[0]})" for names, word in ((missing, "missing"), (unexpected, "unexpected")) if names]
+        raise CheckpointError(
+            f"{source}: {' and '.join(found)} of {len(parameters)} tensors; "
+            "it was trained with other adapter settings or on another base"
+        )
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(tensors[name].shape)}, this base needs {list(parameter.shape)}; "
+                "it was trained on another base"
+            )
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def _read_config(path: Path) -> AdapterFile:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != "sparse-llama":
+        found = document.get("peft_type") or document.get("format") if isinstance(document, dict) else None
+        raise CheckpointError(f'{path}: "format" must be "sparse-llama"' + (f", found {found!r}" if found else ""))
+    if document.get("format_version") != 1:
+        raise CheckpointError(
+            f"{path}: format_version {document.get('format_version')!r} is not one this version reads (1); update sparse-llama"
+        )
+    try:
+        return AdapterFile.model_validate(document)
+    except (SparseLlamaError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside ``path`` and rename, so that a killed process leaves the old file or the new one."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    write(unfinished)
+    unfinished.replace(path)

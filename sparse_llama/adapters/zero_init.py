@@ -1,0 +1,172 @@
+"""Zero-initialised gated attention over a learned prompt: LLaMA-Adapter v1 (arXiv:2303.16199, section 3.2).
+
+Per adapted layer a prompt of P tokens and one gate per query head. With K_p, V_p = the layer's own key and value
+projections of the prompt, neither normalised nor rotated,
+
+    y_h = core_h(q, k, v) + gate_h * softmax(q_h K_p^T * scale) V_p        (two separate softmaxes, every query sees P)
+
+Departures from the paper: its one softmax over prompt and tokens with rescaled halves is these two softmaxes, and its
+tanh around the gate is left out, as in lit-llama (``lit_llama/adapter.py``, 2a464de, lines 151-167).
+
+``B`` batch, ``T`` tokens, ``C`` model width, ``H`` query heads, ``K`` key/value heads, ``D`` head width, ``P`` prompt tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sparse_llama.attention.interface import AttentionCore, attention_core
+
+ATTENTION_NAME = "zero_init"
+_CORE_NAME = "block_sparse"  # what layers without a prompt keep, and whose mask function serves both
+
+
+class ZeroInitAttention(nn.Module):
+    """A layer's prompt and gates, and the whole prompted attention of that layer.
+
+    The attention is computed here, not in the function that transformers calls, so that ZeRO-3, which gathers a module's
+    parameters around that module's ``forward``, has them whole while they are used; no parameter leaves this module.
+    """
+
+    def __init__(self, prompt: torch.Tensor, num_heads: int) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(prompt)  # (P, C)
+        self.gate = nn.Parameter(torch.zeros(num_heads, dtype=prompt.dtype, device=prompt.device))  # (H,)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        attention: nn.Module,
+        position_ids: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Return the (B, H, T, D) sum of the layer's attention core and the gated prompt attention.
+
+        Args:
+            attention: the LlamaAttention that owns this module; by keyword, where ZeRO-3's hooks look for no tensors.
+        """
+        core = attention_core(attention, query, key, position_ids, scaling)
+        prompt_key, prompt_value = self.prompt_keys_values(attention)
+        return _PromptedAttention.apply(core, query, key, value, prompt_key, prompt_value, self.gate, scaling)
+
+    def prompt_keys_values(self, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K_p and V_p, each (K, P, D), made anew: a cache would cut the prompt off from its gradient."""
+        head_dim: int = attention.head_dim  # type: ignore[assignment]
+        keys, values = attention.k_proj(self.prompt), attention.v_proj(self.prompt)  # type: ignore[operator]
+        return (
+            keys.view(keys.shape[0], -1, head_dim).transpose(0, 1),
+            values.view(values.shape[0], -1, head_dim).transpose(0, 1),
+        )
+
+
+def register_zero_init_attention() -> None:
+    """Make ``zero_init`` known to transformers, with the mask function of ``block_sparse``; idempotent."""
+    AttentionInterface.register(ATTENTION_NAME, zero_init_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_CORE_NAME])
+
+
+def zero_init_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return the (B, T, H, D) attention output of an adapted or plain layer; transformers' attention interface.
+
+    Args:
+        query: (B, H, T, D), rotated.
+        key, value: (B, K, S, D); the queries are the last T of the S positions.
+    """
+    prompted = getattr(module, "zero_init", None)
+    if prompted is None:
+        plain = ALL_ATTENTION_FUNCTIONS[_CORE_NAME]
+        return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    position_ids = kwargs.get("position_ids")
+    output = prompted(query, key, value, attention=module, position_ids=position_ids, scaling=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+class _PromptedAttention(torch.autograd.Function):
+    """The core and the prompt attention as one node, so that only their sum is kept for the backward pass.
+
+    What the core's backward needs of its own output comes back as the sum minus the prompt part, and
+    rowsum(do * o) = rowsum(do * sum) - sum_j p_j dp_j, where p_j and dp_j are at hand for the prompt's gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        core: AttentionCore,
+        query: torch.Tensor,  # (B, H, T, D)
+        key: torch.Tensor,  # (B, K, S, D)
+        value: torch.Tensor,
+        prompt_key: torch.Tensor,  # (K, P, D)
+        prompt_value: torch.Tensor,
+        gate: torch.Tensor,  # (H,)
+        scaling: float,
+    ) -> torch.Tensor:
+        output, lse = core.forward(query, key, value)
+        probability = _probability(query, prompt_key, scaling)
+        total = output + _prompt_output(probability, prompt_value, gate, query.dtype)
+        ctx.core, ctx.scaling = core, scaling
+        ctx.save_for_backward(query, key, value, total, lse, prompt_key, prompt_value, gate)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, total, lse, prompt_key, prompt_value, gate = ctx.saved_tensors
+        statistics = _statistics_dtype(query.dtype)
+        num_kv_heads = prompt_key.shape[0]
+        probability = _probability(query, prompt_key, ctx.scaling)  # (B, K, G, T, P)
+        output = total - _prompt_output(probability, prompt_value, gate, query.dtype)
+
+        grouped_grad, grouped_query = _group(grad, num_kv_heads), _group(query, num_kv_heads)
+        grouped_gate = gate.to(statistics).view(num_kv_heads, -1, 1, 1)  # (K, G, 1, 1)
+        ungated = torch.einsum("bkgtd,kpd->bkgtp", grouped_grad, prompt_value).to(statistics)
+        row_sum = (probability * ungated).sum(-1, keepdim=True)  # (B, K, G, T, 1) = rowsum(do * prompt part) / gate
+        delta = (grad.to(statistics) * total.to(statistics)).sum(-1) - (grouped_gate * row_sum).flatten(1, 2).squeeze(-1)
+        grad_query, grad_key, grad_value = ctx.core.backward(grad, query, key, value, output, lse, delta)
+
+        score_grad = (grouped_gate * ctx.scaling * probability * (ungated - row_sum)).to(query.dtype)
+        gated = (grouped_gate * probability).to(query.dtype)
+        grad_query = grad_query + torch.einsum("bkgtp,kpd->bkgtd", score_grad, prompt_key).flatten(1, 2)
+        grad_prompt_key = torch.einsum("bkgtp,bkgtd->kpd", score_grad, grouped_query)
+        grad_prompt_value = torch.einsum("bkgtp,bkgtd->kpd", gated, grouped_grad)
+        grad_gate = row_sum.sum((0, 3, 4)).flatten().to(gate.dtype)
+        return None, grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value, grad_gate, None
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of softmax statistics: fp32, or fp64 under fp64 inputs (gradient checks)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _group(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Return (B, H, T, D) as (B, K, G, T, D): the G query heads that share a key/value head, side by side."""
+    return tensor.unflatten(1, (num_kv_heads, -1))
+
+
+def _probability(query: torch.Tensor, prompt_key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return the (B, K, G, T, P) softmax over the prompt."""
+    scores = torch.einsum("bkgtd,kpd->bkgtp", _group(query, prompt_key.shape[0]), prompt_key)
+    return (scores.to(_statistics_dtype(query.dtype)) * scaling).softmax(-1)
+
+
+def _prompt_output(
+    probability: torch.Tensor, prompt_value: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the gated prompt attention, (B, H, T, D); exactly zero at gate 0."""
+    gated = (probability * gate.to(probability.dtype).view(prompt_value.shape[0], -1, 1, 1)).to(dtype)
+    return torch.einsum("bkgtp,kpd->bkgtd", gated, prompt_value).flatten(1, 2)

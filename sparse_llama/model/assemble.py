@@ -1,0 +1,180 @@
+"""A model ready to train or to use, its parts put together in the one order that is right.
+
+Base, then attention, then adapters, then checkpointing: the adapters take over the attention they find, and checkpointing
+starts at the lowest layer that the adapters left to train.
+"""
+
+import filecmp
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from sparse_llama.adapters.attach import attach_adapters, first_trained_layer
+from sparse_llama.adapters.weights import AdapterFile, apply_adapter, load_adapter
+from sparse_llama.attention.interface import AttentionPlan, attach_attention, plan_attention
+from sparse_llama.config.deepspeed import ActivationCheckpointing
+from sparse_llama.config.settings import Settings
+from sparse_llama.config.sparsity import Sparsity, parse_sparsity
+from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
+from sparse_llama.errors import ModelError
+from sparse_llama.memory.checkpointing import checkpoint_layers
+from sparse_llama.model.files import resolve_model
+from sparse_llama.model.llama import load_llama, read_config_json
+
+MODELLING_CODE = Path(__file__).parent / "exported" / "modeling_sparse_llama.py"
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model ready to train."""
+
+    model: LlamaForCausalLM
+    plan: AttentionPlan
+    folder: Path
+    """Of the base, where its tokenizer is too."""
+    notices: tuple[str, ...]
+    """What the user has to be told, such as random weights."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to use: a base, a base with its adapter, or an export."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    adapter_file: AdapterFile | None
+    description: str
+    folder: Path
+
+
+def assemble(
+    settings: Settings,
+    sparsity: Sparsity | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    checkpointing: ActivationCheckpointing | None = None,
+    zero3_config: dict[str, Any] | None = None,
+) -> Assembled:
+    """Return the adapted model of a run, untrained; see ``load_llama`` for ``zero3_config`` and what is raised."""
+    loaded = load_llama(
+        settings.model.path,
+        dtype=dtype,
+        device=device,
+        revision=settings.model.revision,
+        random_weights=settings.model.random_weights,
+        seed=settings.seed,
+        zero3_config=zero3_config,
+    )
+    plan = plan_attention(
+        sparsity,
+        num_heads=loaded.model.config.num_attention_heads,
+        master_length=settings.attention.master_length or settings.seq_length,
+        seed=settings.seed,
+        backend=settings.attention.backend,
+    )
+    attach_attention(loaded.model, plan)
+    attach_adapters(loaded.model, settings.adapter, seed=settings.seed)
+    checkpoint_layers(loaded.model, checkpointing, first_trained_layer(loaded.model))
+    return Assembled(loaded.model, plan, loaded.folder, loaded.notices)
+
+
+def open_model(
+    model: str | None,
+    adapter: Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """Return a base, a base with an adapter, or an exported folder, with its tokenizer, in evaluation mode.
+
+    Args:
+        model: hub id, folder or ``bundled:NAME``; None is the base that the adapter names.
+        dtype: None is what the adapter's run computed in; without an adapter, what the model's config.json names.
+
+    Raises:
+        ModelError: there is no such model, or it brings code that is not ours and ``trust_remote_code`` is off.
+        CheckpointError: the adapter is damaged or belongs to another base.
+    """
+    if adapter is not None:
+        return _open_adapted(model, adapter, revision=revision, dtype=dtype, device=device)
+    if model is None:
+        raise ModelError("no model to open; give --model, --adapter, or both")
+    folder = resolve_model(model, revision)
+    document = read_config_json(folder)
+    dtype = dtype or _named_dtype(document)
+    if document.get("auto_map"):
+        return _open_with_code(model, folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    llama = load_llama(str(folder), dtype=dtype, device=device).model
+    plan = plan_attention(
+        None, num_heads=llama.config.num_attention_heads, master_length=_positions(llama), seed=0, backend="auto"
+    )
+    attach_attention(llama, plan)
+    llama.requires_grad_(False)
+    return OpenedModel(llama, load_tokenizer(folder), None, model, folder)
+
+
+def is_own_modelling_code(folder: Path) -> bool:
+    """Return whether the code in ``folder`` is byte for byte what this version ships, and nothing else."""
+    if not MODELLING_CODE.is_file():
+        return False
+    references = read_config_json(folder).get("auto_map", {}).values()
+    if any(str(reference).split(".", 1)[0] != MODELLING_CODE.stem for reference in references):
+        return False  # another module, or another repository's ("owner/name--module.Class")
+    code = sorted(folder.rglob("*.py"))
+    return code == [folder / MODELLING_CODE.name] and filecmp.cmp(code[0], MODELLING_CODE, shallow=False)
+
+
+def _open_adapted(
+    model: str | None, adapter: Path, *, revision: str | None, dtype: torch.dtype | None, device: torch.device | str
+) -> OpenedModel:
+    file, tensors = load_adapter(adapter)
+    base = model or file.base_model.path
+    revision = revision if model else file.base_model.revision
+    dtype = dtype or getattr(torch, file.dtype)
+    loaded = load_llama(base, dtype=dtype, device=device, revision=revision)
+    sparsity = None if file.sparse_attention is None else parse_sparsity(file.sparse_attention)
+    plan = plan_attention(
+        sparsity,
+        num_heads=loaded.model.config.num_attention_heads,
+        master_length=file.master_length,
+        seed=file.seed,
+        backend="auto",
+    )
+    attach_attention(loaded.model, plan)
+    attach_adapters(loaded.model, file.adapter, seed=file.seed)
+    apply_adapter(loaded.model, tensors, source=str(adapter))
+    loaded.model.eval()
+    return OpenedModel(loaded.model, load_tokenizer(loaded.folder), file, f"{base} + {adapter}", loaded.folder)
+
+
+def _open_with_code(
+    model: str, folder: Path, *, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool
+) -> OpenedModel:
+    if not trust_remote_code and not is_own_modelling_code(folder):
+        raise ModelError(
+            f"{model}: brings modelling code (auto_map in config.json) that is not what this version of sparse-llama ships; "
+            "read it, then allow it with --trust_remote_code"
+        )
+    from transformers import AutoModelForCausalLM
+
+    opened = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).to(device).eval()
+    opened.requires_grad_(False)
+    return OpenedModel(opened, load_tokenizer(folder), None, f"{model} (exported)", folder)
+
+
+def _named_dtype(document: dict[str, Any]) -> torch.dtype:
+    name = document.get("dtype") or document.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"config.json: dtype is {name!r}; expected float32, bfloat16 or float16")
+    return dtype
+
+
+def _positions(llama: LlamaForCausalLM) -> int:
+    return int(llama.config.max_position_embeddings)

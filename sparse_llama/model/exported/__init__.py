@@ -1,0 +1,1 @@
+"""The modelling code that exported folders carry; its bytes decide whether such a folder is run unasked."""
