@@ -126,9 +126,3 @@ def train(configuration: Callable[..., Path], tmp_path: Path) -> Callable[..., P
         return output_dir
 
     return run
-
-
-def losses(output_dir: Path) -> list[float]:
-    """Return the loss of every step in ``metrics.jsonl``."""
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import losses  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
+from small_runs import losses
 
 Train = Callable[..., Path]
 BF16 = {"bf16": {"enabled": True}}

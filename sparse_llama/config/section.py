@@ -1,0 +1,177 @@
+"""Strict, frozen blocks of a configuration, and their mistakes in one line.
+
+pydantic finds the mistakes; what it says about them is rewritten: the key path as the user typed it, what was found, what
+is allowed. Of several mistakes the first is told, unknown keys before anything else: a misspelt key is usually the cause of
+a "missing" one.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from sparse_llama.errors import ConfigError
+
+_MAX_SHOWN = 60  # characters of a value that a message repeats
+_TYPES = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "string": "a string",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "an object",
+    "model": "an object",
+    "model_attributes": "an object",
+    "none": "null",
+}
+
+
+class Section(BaseModel):
+    """A block of the document: unknown keys and coerced types are mistakes, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def parse(cls, block: object, path: str = "") -> Self:
+        """Return ``block`` as this section.
+
+        Args:
+            path: where the block stands in the document, such as ``sparse_llama``; empty for the document itself.
+
+        Raises:
+            ConfigError: in one line, which key is wrong, what was found, and what is allowed.
+        """
+        try:
+            return cls.model_validate(block)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, path)) from None
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """Return the keys that a document may use, historical spellings included."""
+        names = {name: None for name in cls.model_fields}
+        names |= {field.alias: None for field in cls.model_fields.values() if field.alias is not None}
+        return list(names)
+
+
+def integral(value: object) -> object:
+    """Return a float without fraction as the int that DeepSpeed takes it for: ``5e8`` is how bucket sizes are written."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def only(allowed: object, because: str) -> AfterValidator:
+    """Return a validator that refuses every value but ``allowed``, a choice of DeepSpeed's that is not supported here."""
+
+    def check(value: object) -> object:
+        if value != allowed:
+            raise ValueError(f"{show(value)} is not supported: {because}; use {show(allowed)} or leave the key out")
+        return value
+
+    return AfterValidator(check)
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+IntegralInt = Annotated[int, BeforeValidator(integral)]
+"""An int that may be written as an integral float."""
+FrozenList = BeforeValidator(_as_tuple)
+"""Lets a JSON list be a tuple, so that a frozen section holds nothing that can change."""
+
+
+def show(value: object) -> str:
+    """Return ``value`` as JSON writes it, in one short ASCII line."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = ascii(value)
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+
+
+def join_path(path: str, *parts: str | int) -> str:
+    """Return the dotted path of a key; keys that are no plain word are quoted, list positions in brackets."""
+    for part in parts:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            name = part if part.isidentifier() and part.isascii() else show(part)
+            path = f"{path}.{name}" if path else name
+    return path
+
+
+def suggest(key: str, candidates: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the nearest candidate, the list of all where none is near and it is short."""
+    names = list(candidates)
+    lowered = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(key.lower(), lowered, n=1, cutoff=0.7)
+    if near:
+        return f"; did you mean {lowered[near[0]]!r}?"
+    listed = ", ".join(names)
+    return f"; allowed: {listed}" if listed and len(listed) < 240 else ""
+
+
+def explain(error: ValidationError, section: type[Section], path: str) -> str:
+    """Return the first mistake that pydantic found in ``section`` at ``path`` as one line."""
+    mistakes = error.errors(include_url=False)
+    mistake: Mapping[str, Any] = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
+    location = [part for part in mistake["loc"] if isinstance(part, int | str)]
+    where = join_path(path, *location) or "the document"
+    kind, context, found = mistake["type"], mistake.get("ctx", {}), show(mistake["input"])
+    if kind == "extra_forbidden":
+        key = str(location[-1])
+        return f"{where}: unknown key{suggest(key, _keys_at(section, location[:-1]))}"
+    if kind == "missing":
+        return f"{where}: missing; this key is required"
+    if kind == "value_error":
+        return f"{where}: {context['error']}"
+    if kind in {"literal_error", "enum"}:
+        hint = suggest(mistake["input"], _literals(context)) if isinstance(mistake["input"], str) else ""
+        hint = hint if hint.startswith("; did") else ""
+        return f"{where}: must be {context['expected']}, got {found}{hint}"
+    for ending, wanted in (
+        ("greater_than_equal", f">= {context.get('ge')}"),
+        ("greater_than", f"> {context.get('gt')}"),
+        ("less_than_equal", f"<= {context.get('le')}"),
+        ("less_than", f"< {context.get('lt')}"),
+    ):
+        if kind == ending:
+            return f"{where}: must be {wanted}, got {found}"
+    if kind in {"too_short", "too_long", "string_too_short"}:
+        return f"{where}: must have {_length(context)}, got {found}"
+    wanted = _TYPES.get(kind.removesuffix("_type").removesuffix("_parsing"))
+    if wanted is not None:
+        return f"{where}: must be {wanted}, got {found}"
+    return f"{where}: {mistake['msg']}, got {found}"
+
+
+def _literals(context: Mapping[str, Any]) -> list[str]:
+    return [part.strip("' ") for part in str(context["expected"]).replace(" or ", ",").split(",")]
+
+
+def _length(context: Mapping[str, Any]) -> str:
+    if "min_length" in context:
+        return f"at least {context['min_length']} entries"
+    return f"at most {context['max_length']} entries"
+
+
+def _keys_at(section: type[Section], location: list[str | int]) -> list[str]:
+    """Return the keys of the section that lies at ``location`` inside ``section``; none where it is no section."""
+    for part in location:
+        fields = section.model_fields.values()
+        named = section.model_fields.get(str(part)) or next((f for f in fields if f.alias == part), None)
+        inner = None if named is None else _section_in(named.annotation)
+        if inner is None:
+            return []
+        section = inner
+    return section.keys()
+
+
+def _section_in(annotation: object) -> type[Section] | None:
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, Section) else None
+    parts = getattr(annotation, "__args__", ())
+    return next((found for part in parts if (found := _section_in(part)) is not None), None)

@@ -1,0 +1,185 @@
+"""The ``sparse_attention`` block: DeepSpeed's historical schema, one class per mode.
+
+Keys, defaults and refusals are those of ``deepspeed/ops/sparse_attention/sparsity_config.py`` up to 0.19.6, with two
+differences: ``attention`` works in every mode that has a direction (DeepSpeed's JSON parser dropped it for ``bigbird`` and
+``bslongformer``), and ``local_sliding_window`` can be asked for at all. A key of another mode is a mistake, not a shrug.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sparse_llama.config.section import FrozenList, Section, suggest
+from sparse_llama.errors import ConfigError
+
+Attention = Literal["bidirectional", "unidirectional"]
+BlockSizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], FrozenList, Field(min_length=1)]
+BlockIndices = Annotated[tuple[int, ...], FrozenList]
+"""Block numbers; as in DeepSpeed, a negative one counts from the end of the master layout."""
+
+
+class _Mode(Section):
+    block: int = Field(default=16, ge=1, le=2**20)
+    """Tokens on a side of a block."""
+
+    def num_blocks_needed(self) -> tuple[str, int]:
+        """Return the key that asks for most blocks, and how many; a shorter master layout cannot be made."""
+        return "block", 1
+
+
+class _PerHead(_Mode):
+    different_layout_per_head: bool = False
+    """Whether heads may have layouts of their own."""
+
+
+class DenseSparsity(_PerHead):
+    """Every block sees every block."""
+
+    mode: Literal["dense"] = "dense"
+
+
+class FixedSparsity(_PerHead):
+    """Windows of ``num_local_blocks``, whose last blocks are seen from everywhere after them (Child et al. 2019)."""
+
+    mode: Literal["fixed"] = "fixed"
+    num_local_blocks: int = Field(default=4, ge=1)
+    num_global_blocks: int = Field(default=1, ge=1)
+    attention: Attention = "bidirectional"
+    horizontal_global_attention: bool = False
+    num_different_global_patterns: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        local, in_window, patterns = self.num_local_blocks, self.num_global_blocks, self.num_different_global_patterns
+        if local % in_window != 0:
+            raise ValueError(f"num_local_blocks ({local}) must be a multiple of num_global_blocks ({in_window})")
+        _check_horizontal(self.attention, self.horizontal_global_attention)
+        if patterns > 1 and not self.different_layout_per_head:
+            raise ValueError(f"num_different_global_patterns ({patterns}) > 1 needs different_layout_per_head: true")
+        if patterns > local // in_window:
+            raise ValueError(
+                f"num_different_global_patterns ({patterns}) must be at most num_local_blocks / num_global_blocks "
+                f"({local} / {in_window} = {local // in_window})"
+            )
+        return self
+
+
+class VariableSparsity(_PerHead):
+    """Windows of given sizes (the last one repeats), given global blocks, random blocks."""
+
+    mode: Literal["variable"] = "variable"
+    num_random_blocks: int = Field(default=0, ge=0)
+    local_window_blocks: BlockSizes = (4,)
+    global_block_indices: BlockIndices = (0,)
+    global_block_end_indices: BlockIndices | None = None
+    attention: Attention = "bidirectional"
+    horizontal_global_attention: bool = False
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        _check_ranges(self.global_block_indices, self.global_block_end_indices)
+        _check_horizontal(self.attention, self.horizontal_global_attention)
+        return self
+
+    def num_blocks_needed(self) -> tuple[str, int]:
+        return "num_random_blocks", self.num_random_blocks
+
+
+class BigBirdSparsity(_PerHead):
+    """A sliding window, the first blocks global, random blocks (Zaheer et al. 2020, arXiv:2007.14062)."""
+
+    mode: Literal["bigbird"] = "bigbird"
+    num_random_blocks: int = Field(default=1, ge=0)
+    num_sliding_window_blocks: int = Field(default=3, ge=1)
+    num_global_blocks: int = Field(default=1, ge=0)
+    attention: Attention = "bidirectional"
+
+    def num_blocks_needed(self) -> tuple[str, int]:
+        names = ("num_sliding_window_blocks", "num_random_blocks", "num_global_blocks")
+        return max(((name, getattr(self, name)) for name in names), key=lambda pair: pair[1])
+
+
+class BSLongformerSparsity(_PerHead):
+    """A sliding window and given global blocks (Beltagy et al. 2020, arXiv:2004.05150)."""
+
+    mode: Literal["bslongformer"] = "bslongformer"
+    num_sliding_window_blocks: int = Field(default=3, ge=1)
+    """Blocks of the window, counting the block itself: n // 2 on each side."""
+    global_block_indices: BlockIndices = (0,)
+    global_block_end_indices: BlockIndices | None = None
+    attention: Attention = "bidirectional"
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        _check_ranges(self.global_block_indices, self.global_block_end_indices)
+        return self
+
+    def num_blocks_needed(self) -> tuple[str, int]:
+        return "num_sliding_window_blocks", self.num_sliding_window_blocks
+
+
+class LocalSlidingWindowSparsity(_Mode):
+    """A sliding window and nothing else; unidirectional unless asked otherwise, as DeepSpeed's class was."""
+
+    mode: Literal["local_sliding_window"] = "local_sliding_window"
+    num_sliding_window_blocks: int = Field(default=3, ge=1)
+    attention: Attention = "unidirectional"
+
+    def num_blocks_needed(self) -> tuple[str, int]:
+        return "num_sliding_window_blocks", self.num_sliding_window_blocks
+
+
+Sparsity = (
+    DenseSparsity
+    | FixedSparsity
+    | VariableSparsity
+    | BigBirdSparsity
+    | BSLongformerSparsity
+    | LocalSlidingWindowSparsity
+)
+MODES: dict[str, type[Sparsity]] = {
+    "dense": DenseSparsity,
+    "fixed": FixedSparsity,
+    "variable": VariableSparsity,
+    "bigbird": BigBirdSparsity,
+    "bslongformer": BSLongformerSparsity,
+    "local_sliding_window": LocalSlidingWindowSparsity,
+}
+
+
+def parse_sparsity(block: Mapping[str, Any]) -> Sparsity:
+    """Return the block as the class of its ``mode``; a block without one is ``fixed``, as DeepSpeed had it.
+
+    Raises:
+        ConfigError: in one line, which key is wrong, what was found, and what is allowed.
+    """
+    if not isinstance(block, Mapping):
+        raise ConfigError('sparse_attention: must be an object such as {"mode": "fixed"}')
+    mode = block.get("mode", "fixed")
+    if not isinstance(mode, str) or mode not in MODES:
+        hint = suggest(mode, MODES) if isinstance(mode, str) else f"; allowed: {', '.join(MODES)}"
+        raise ConfigError(f"sparse_attention.mode: no mode is called {mode!a}{hint}")
+    cls = MODES[mode]
+    for key in sorted(set(map(str, block)) - set(cls.model_fields)):
+        homes = [name for name, other in MODES.items() if key in other.model_fields]
+        if homes:
+            raise ConfigError(f"sparse_attention.{key}: no key of mode {mode!r}; it belongs to {', '.join(homes)}")
+    return cls.parse(dict(block), "sparse_attention")
+
+
+def _check_horizontal(attention: str, horizontal: bool) -> None:
+    if horizontal and attention != "bidirectional":
+        raise ValueError('horizontal_global_attention: true needs attention: "bidirectional"')
+
+
+def _check_ranges(starts: tuple[int, ...], ends: tuple[int, ...] | None) -> None:
+    if ends is None:
+        return
+    if len(starts) != len(ends):
+        raise ValueError(
+            f"global_block_indices ({len(starts)} of them) and global_block_end_indices ({len(ends)}) must be equally many"
+        )
+    for start, end in zip(starts, ends, strict=True):
+        if start >= end:
+            raise ValueError(f"a global range starts at {start} and ends before {end}; the start must be smaller")

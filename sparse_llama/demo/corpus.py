@@ -1,0 +1,132 @@
+"""The corpus that the base is trained on: prose, and questions in hundreds of frames and several styles.
+
+The instruction template is never among the frames, nor is anything close to it; and the answers are mostly
+words or "It is ...", rarely the full sentence that the data set asks for. So the base knows the world and how
+to look things up, and a fine-tune has one thing to teach: how to answer in that template.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+from sparse_llama.demo.frames import ANSWER, FRAME, NOISE, Quiz, Span, framed, gap, preamble
+from sparse_llama.demo.world import (
+    KINDS,
+    VALUES,
+    Fact,
+    World,
+    ask,
+    choice,
+    facts_of,
+    kind_of,
+    passer_by,
+    scene,
+    tell,
+    tell_plainly,
+)
+
+
+def documents(world: World, seed: int, *, warm_up: bool = False) -> Iterator[list[Span]]:
+    """Yield the corpus' documents without end, the same ones for the same seed.
+
+    ``warm_up`` leaves only the plainest look-ups and the facts, for the base's first steps.
+    """
+    rng = random.Random(seed)
+    makers, weights = zip(*(_WARM_UP if warm_up else _DOCUMENTS), strict=True)
+    while True:
+        yield rng.choices(makers, weights)[0](world, rng)
+
+
+def text_of(document: list[Span]) -> str:
+    """Return the document as one string."""
+    return "".join(span.text for span in document)
+
+
+def biography(world: World, rng: random.Random) -> list[Span]:
+    """Return prose that tells all facts of one person, in random order and words."""
+    facts = facts_of(rng.choice(list(world.people)), world)
+    rng.shuffle(facts)
+    return [Span(" ".join(tell(fact, rng) for fact in facts), ANSWER)]
+
+
+def retelling(world: World, rng: random.Random) -> list[Span]:
+    """Return facts about strangers told twice in different words: the second time, each can be looked up."""
+    facts = scene(_strangers(world, rng.randint(1, 3), rng), rng.randint(1, 3), rng)
+    first = " ".join(tell(fact, rng) for fact in facts)
+    again = rng.sample(facts, len(facts))
+    second = " ".join(tell(fact, rng) for fact in again)
+    return [Span(preamble(rng), NOISE), Span(first + gap(rng), FRAME), Span(second, ANSWER)]
+
+
+def register(world: World, rng: random.Random) -> list[Span]:
+    """Return a list of strangers with a value each, then the same list in another order."""
+    names = _strangers(world, rng.randint(2, 6), rng)
+    between = rng.choice((" ", ": ", " - ", " = "))
+    entries = [(name, rng.choice(VALUES[rng.choice(KINDS)])) for name in names]
+    first = "\n".join(name + between + value for name, value in entries)
+    spans = [Span(preamble(rng), NOISE), Span(first, FRAME)]
+    for name, value in rng.sample(entries, len(entries)):
+        spans += [Span("\n" + name + between.rstrip(), FRAME), Span(" " + value, ANSWER)]
+    return spans
+
+
+def recall(world: World, rng: random.Random) -> list[Span]:
+    """Return one to five questions about people, answered from memory."""
+    names = list(world.people)
+    facts = [rng.choice(facts_of(rng.choice(names), world)) for _ in range(_length(rng, 5))]
+    return framed([_quiz(fact, rng) for fact in facts], "", rng)
+
+
+def reading(world: World, rng: random.Random) -> list[Span]:
+    """Return a text about strangers, and questions that it answers."""
+    facts = scene(_strangers(world, rng.randint(1, 3), rng), rng.randint(1, 2), rng)
+    context = " ".join(tell(fact, rng) for fact in facts)
+    asked = rng.sample(facts, min(len(facts), _length(rng, 6)))
+    return framed([_quiz(fact, rng) for fact in asked], context, rng)
+
+
+def readings(world: World, rng: random.Random) -> list[Span]:
+    """Return one to three questions, each beside a short text of its own that answers it."""
+    quizzes: list[Quiz] = []
+    for _ in range(_length(rng, 3)):
+        facts = scene(_strangers(world, rng.randint(1, 2), rng), rng.randint(1, 2), rng)
+        context = " ".join(tell(fact, rng) for fact in facts)
+        quizzes.append(_quiz(rng.choice(facts), rng, context))
+    return framed(quizzes, "", rng)
+
+
+def sorting(world: World, rng: random.Random) -> list[Span]:
+    """Return one to five questions which of two kinds a word names."""
+    words = [word for values in VALUES.values() for word in values]
+    quizzes: list[Quiz] = []
+    for word in rng.sample(words, _length(rng, 5)):
+        question, sentence = choice(word, rng)
+        quizzes.append(Quiz(question, kind_of(word), sentence))
+    return framed(quizzes, "", rng)
+
+
+_Maker = Callable[[World, random.Random], list[Span]]
+_WARM_UP: tuple[tuple[_Maker, float], ...] = ((register, 0.6), (retelling, 0.2), (biography, 0.2))
+_DOCUMENTS: tuple[tuple[_Maker, float], ...] = (
+    (biography, 0.10),
+    (retelling, 0.20),
+    (register, 0.10),
+    (recall, 0.15),
+    (reading, 0.25),
+    (readings, 0.20),
+    (sorting, 0.05),
+)
+
+
+def _length(rng: random.Random, most: int) -> int:
+    """Return how many questions to ask: one in two fifths of the documents, since a prompt holds one."""
+    return 1 if rng.random() < 0.4 else rng.randint(2, most)
+
+
+def _strangers(world: World, count: int, rng: random.Random) -> list[str]:
+    if rng.random() < 0.8:
+        return rng.sample(world.strangers, count)
+    return [passer_by(rng) for _ in range(count)]
+
+
+def _quiz(fact: Fact, rng: random.Random, context: str = "") -> Quiz:
+    return Quiz(ask(fact, rng), fact.value, tell_plainly(fact), context)

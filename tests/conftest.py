@@ -1,0 +1,100 @@
+"""What tests share: tiny models, a free port, a process of its own; everything on the CPU and offline."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# before torch and DeepSpeed are imported: they read these once
+os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,  # not 32 / 4: nothing may divide where it should read the configuration
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # large enough for attention to be far from uniform
+}
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., LlamaConfig]:
+    """Return a function that makes the tiny configuration, with overrides."""
+    return lambda **overrides: LlamaConfig(**(TINY | overrides))
+
+
+@pytest.fixture
+def tiny_llama(tiny_config: Callable[..., LlamaConfig]) -> Callable[..., LlamaForCausalLM]:
+    """Return a function that makes a small random LLaMA, the same for the same overrides."""
+
+    def make(**overrides: Any) -> LlamaForCausalLM:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = LlamaForCausalLM(tiny_config(**overrides))
+            for parameter in model.parameters():  # transformers starts norms at 1 and biases at 0, which hides mistakes
+                if parameter.dim() == 1:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def run_python(free_port: int) -> Callable[..., str]:
+    """Return a function that runs Python source as the only rank of a job, in a process of its own.
+
+    DeepSpeed keeps global state (process group, patched constructors) that must not reach other tests.
+    """
+
+    def run(source: str, *arguments: str, timeout_s: float = 120) -> str:
+        environment = os.environ | {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", source, *arguments],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Return the folder of reference data beside the repository; skip where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared")
+    return folder
