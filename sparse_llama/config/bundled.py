@@ -1,4 +1,5 @@
-"""Where the bundled model and data set lie: names that start with ``bundled:`` are folders of this package."""
+"""Where the bundled model and data set lie: names that start with ``bundled:`` are folders of this
+package."""
 
 from pathlib import Path
 
@@ -7,7 +8,8 @@ _BUNDLED = {"bundled:tiny-llama": _FOLDER / "model", "bundled:people": _FOLDER /
 
 
 def resolve_bundled(name: str) -> Path | None:
-    """Return the folder of a ``bundled:`` name; None for every other name. Whether it exists is the reader's to check."""
+    """Return the folder of a ``bundled:`` name; None for every other name. Whether it exists is the reader's
+    to check."""
     return _BUNDLED.get(name)
 
 

@@ -1,12 +1,13 @@
 """Learning-rate schedules, counted in optimizer steps from 1, and the ``scheduler`` block that asks for them.
 
-The shapes are those of DeepSpeed's ``WarmupLR``, ``WarmupDecayLR`` and ``WarmupCosineLR`` (``runtime/lr_schedules.py``,
-0.19.8), with the traps taken out:
+The shapes are those of DeepSpeed's ``WarmupLR``, ``WarmupDecayLR`` and ``WarmupCosineLR``
+(``runtime/lr_schedules.py``, 0.19.8), with the traps taken out:
 
 * step 1 has a learning rate above 0 (DeepSpeed counts from 0, so its first step changes nothing);
 * step ``warmup_num_steps`` has exactly the peak, and a warm-up as long as the run is refused;
 * ``WarmupDecayLR`` reaches 0 one step after the last, so that no step is wasted;
-* ``warmup_max_lr`` left out is the optimizer's ``lr`` in ``WarmupDecayLR`` too (DeepSpeed: 0.001, whatever the optimizer's);
+* ``warmup_max_lr`` left out is the optimizer's ``lr`` in ``WarmupDecayLR`` too (DeepSpeed: 0.001, whatever
+  the optimizer's);
 * ``warmup_num_steps`` left out is 5% of the run (DeepSpeed: 1000 steps, longer than many a run).
 
 ``OneCycle`` and ``LRRangeTest`` set learning rates of their own and are DeepSpeed's to run.
@@ -91,9 +92,9 @@ def learning_rate(schedule: Schedule, step: int) -> float:
 def num_optimizer_steps(num_rows: int, global_batch: int, epochs: int) -> int:
     """Return the optimizer steps of ``epochs`` passes over ``num_rows`` rows, ``global_batch`` rows a step.
 
-    Epochs follow one another without a gap: a step may take the last rows of one and the first of the next, and only what
-    does not fill the very last step is left out. 13,011 rows in steps of 4 x 16 for 3 epochs: 39,033 // 64 = 609. At least
-    1, whose rows then repeat.
+    Epochs follow one another without a gap: a step may take the last rows of one and the first of the next,
+    and only what does not fill the very last step is left out. 13,011 rows in steps of 4 x 16 for 3 epochs:
+    39,033 // 64 = 609. At least 1, whose rows then repeat.
     """
     return max(1, num_rows * epochs // global_batch)
 
@@ -170,7 +171,9 @@ def parse_scheduler(block: object) -> tuple[str, Section]:
     """
     scheduler = Scheduler.parse(block, "scheduler")
     if scheduler.type not in SCHEDULERS:
-        raise ConfigError(f"scheduler.type: no scheduler is called {scheduler.type!a}{suggest(scheduler.type, SCHEDULERS)}")
+        raise ConfigError(
+            f"scheduler.type: no scheduler is called {scheduler.type!a}{suggest(scheduler.type, SCHEDULERS)}"
+        )
     params = SCHEDULERS[scheduler.type].parse(scheduler.params, "scheduler.params")
     for key, least in (("total_num_steps", 1), ("warmup_max_lr", 0)):
         value = getattr(params, key, None)
@@ -203,7 +206,8 @@ def make_schedule(block: dict[str, Any] | None, lr: float) -> Schedule | None:
         peak = lr if params.warmup_max_lr in (AUTO, None) else params.warmup_max_lr
         if params.warmup_min_lr > peak:
             raise ConfigError(
-                f"scheduler.params.warmup_min_lr: {params.warmup_min_lr} is above the peak, {peak}; the warm-up would fall"
+                f"scheduler.params.warmup_min_lr: {params.warmup_min_lr} is above the peak, {peak}; the
+                warm-up would fall"
             )
         total = params.total_num_steps if isinstance(params, WarmupDecayLR) else AUTO
         return Schedule(

@@ -1,8 +1,8 @@
 """Strict, frozen blocks of a configuration, and their mistakes in one line.
 
-pydantic finds the mistakes; what it says about them is rewritten: the key path as the user typed it, what was found, what
-is allowed. Of several mistakes the first is told, unknown keys before anything else: a misspelt key is usually the cause of
-a "missing" one.
+pydantic finds the mistakes; what it says about them is rewritten: the key path as the user typed it, what was
+found, what is allowed. Of several mistakes the first is told, unknown keys before anything else: a misspelt
+key is usually the cause of a "missing" one.
 """
 
 import difflib
@@ -39,7 +39,8 @@ class Section(BaseModel):
         """Return ``block`` as this section.
 
         Args:
-            path: where the block stands in the document, such as ``sparse_llama``; empty for the document itself.
+            path: where the block stands in the document, such as ``sparse_llama``; empty for the document
+            itself.
 
         Raises:
             ConfigError: in one line, which key is wrong, what was found, and what is allowed.
@@ -58,16 +59,20 @@ class Section(BaseModel):
 
 
 def integral(value: object) -> object:
-    """Return a float without fraction as the int that DeepSpeed takes it for: ``5e8`` is how bucket sizes are written."""
+    """Return a float without fraction as the int that DeepSpeed takes it for: ``5e8`` is how bucket sizes are
+    written."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def only(allowed: object, because: str) -> AfterValidator:
-    """Return a validator that refuses every value but ``allowed``, a choice of DeepSpeed's that is not supported here."""
+    """Return a validator that refuses every value but ``allowed``, a choice of DeepSpeed's that is not
+    supported here."""
 
     def check(value: object) -> object:
         if value != allowed:
-            raise ValueError(f"{show(value)} is not supported: {because}; use {show(allowed)} or leave the key out")
+            raise ValueError(
+                f"{show(value)} is not supported: {because}; use {show(allowed)} or leave the key out"
+            )
         return value
 
     return AfterValidator(check)
@@ -104,7 +109,8 @@ def join_path(path: str, *parts: str | int) -> str:
 
 
 def suggest(key: str, candidates: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest candidate, the list of all where none is near and it is short."""
+    """Return ``; did you mean 'x'?`` for the nearest candidate, the list of all where none is near and it is
+    short."""
     names = list(candidates)
     lowered = {name.lower(): name for name in names}
     near = difflib.get_close_matches(key.lower(), lowered, n=1, cutoff=0.7)
@@ -159,7 +165,8 @@ def _length(context: Mapping[str, Any]) -> str:
 
 
 def _keys_at(section: type[Section], location: list[str | int]) -> list[str]:
-    """Return the keys of the section that lies at ``location`` inside ``section``; none where it is no section."""
+    """Return the keys of the section that lies at ``location`` inside ``section``; none where it is no
+    section."""
     for part in location:
         fields = section.model_fields.values()
         named = section.model_fields.get(str(part)) or next((f for f in fields if f.alias == part), None)

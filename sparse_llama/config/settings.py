@@ -8,7 +8,9 @@ from sparse_llama.config.bundled import bundled_names, resolve_bundled
 from sparse_llama.config.section import Section, suggest
 
 
-def _check_name(name: str) -> str:
+def check_name(name: str) -> str:
+    """Return ``name`` if it can be a model or a data set; raises ValueError for an empty or unknown bundled
+    one."""
     if name.strip() == "":
         raise ValueError("must name something, got an empty string")
     if name.startswith("bundled:") and resolve_bundled(name) is None:
@@ -26,14 +28,15 @@ class ModelSettings(Section):
     """Branch, tag or commit of a hub id; null is its main branch."""
 
     random_weights: bool = False
-    """Draw the base's weights instead of loading them, and skip the checks of a loaded base; for probes and tests."""
+    """Draw the base's weights instead of loading them, and skip the checks of a loaded base; for probes and
+    tests."""
 
     trust_remote_code: bool = False
     """Run modelling code that the model's folder brings."""
 
     @model_validator(mode="after")
     def _path_names_a_model(self) -> Self:
-        _check_name(self.path)
+        check_name(self.path)
         return self
 
 
@@ -65,7 +68,7 @@ class DataSettings(Section):
     def _dataset_names_data(self) -> Self:
         for name in (self.dataset, self.validation):
             if name is not None:
-                _check_name(name)
+                check_name(name)
         return self
 
 
@@ -73,7 +76,8 @@ class AdapterSettings(Section):
     """What is trained."""
 
     version: Literal["v1", "v2"] = "v2"
-    """v1: gated attention over a learned prompt. v2: also norms, and a scale and a bias on every linear layer."""
+    """v1: gated attention over a learned prompt. v2: also norms, and a scale and a bias on every linear
+    layer."""
 
     prompt_length: int = Field(default=10, ge=1)
     """Prompt tokens per adapted layer."""
@@ -89,8 +93,8 @@ class AttentionSettings(Section):
     """auto: the fastest exact one on this device."""
 
     master_length: int | None = Field(default=None, ge=1)
-    """Tokens of the master layout that shorter rows are cropped from; null is the longer of the file's and the flag's
-    ``seq_length``."""
+    """Tokens of the master layout that shorter rows are cropped from; null is the longer of the file's and
+    the flag's ``seq_length``."""
 
 
 class TrainingSettings(Section):
@@ -123,7 +127,9 @@ class TrainingSettings(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"steps ({self.steps}) and epochs ({self.epochs}) are both given; keep one of them")
+            raise ValueError(
+                f"steps ({self.steps}) and epochs ({self.epochs}) are both given; keep one of them"
+            )
         return self
 
 

@@ -1,8 +1,9 @@
 """The ``sparse_attention`` block: DeepSpeed's historical schema, one class per mode.
 
-Keys, defaults and refusals are those of ``deepspeed/ops/sparse_attention/sparsity_config.py`` up to 0.19.6, with two
-differences: ``attention`` works in every mode that has a direction (DeepSpeed's JSON parser dropped it for ``bigbird`` and
-``bslongformer``), and ``local_sliding_window`` can be asked for at all. A key of another mode is a mistake, not a shrug.
+Keys, defaults and refusals are those of ``deepspeed/ops/sparse_attention/sparsity_config.py`` up to 0.19.6,
+with two differences: ``attention`` works in every mode that has a direction (DeepSpeed's JSON parser dropped
+it for ``bigbird`` and ``bslongformer``), and ``local_sliding_window`` can be asked for at all. A key of
+another mode is a mistake, not a shrug.
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,8 @@ class DenseSparsity(_PerHead):
 
 
 class FixedSparsity(_PerHead):
-    """Windows of ``num_local_blocks``, whose last blocks are seen from everywhere after them (Child et al. 2019)."""
+    """Windows of ``num_local_blocks``, whose last blocks are seen from everywhere after them (Child et al.
+    2019)."""
 
     mode: Literal["fixed"] = "fixed"
     num_local_blocks: int = Field(default=4, ge=1)
@@ -51,16 +53,24 @@ class FixedSparsity(_PerHead):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        local, in_window, patterns = self.num_local_blocks, self.num_global_blocks, self.num_different_global_patterns
+        local, in_window, patterns = (
+            self.num_local_blocks,
+            self.num_global_blocks,
+            self.num_different_global_patterns,
+        )
         if local % in_window != 0:
-            raise ValueError(f"num_local_blocks ({local}) must be a multiple of num_global_blocks ({in_window})")
+            raise ValueError(
+                f"num_local_blocks ({local}) must be a multiple of num_global_blocks ({in_window})"
+            )
         _check_horizontal(self.attention, self.horizontal_global_attention)
         if patterns > 1 and not self.different_layout_per_head:
-            raise ValueError(f"num_different_global_patterns ({patterns}) > 1 needs different_layout_per_head: true")
+            raise ValueError(
+                f"num_different_global_patterns ({patterns}) > 1 needs different_layout_per_head: true"
+            )
         if patterns > local // in_window:
             raise ValueError(
-                f"num_different_global_patterns ({patterns}) must be at most num_local_blocks / num_global_blocks "
-                f"({local} / {in_window} = {local // in_window})"
+                f"num_different_global_patterns ({patterns}) must be at most num_local_blocks /
+                num_global_blocks " f"({local} / {in_window} = {local // in_window})"
             )
         return self
 
@@ -164,7 +174,9 @@ def parse_sparsity(block: Mapping[str, Any]) -> Sparsity:
     for key in sorted(set(map(str, block)) - set(cls.model_fields)):
         homes = [name for name, other in MODES.items() if key in other.model_fields]
         if homes:
-            raise ConfigError(f"sparse_attention.{key}: no key of mode {mode!r}; it belongs to {', '.join(homes)}")
+            raise ConfigError(
+                f"sparse_attention.{key}: no key of mode {mode!r}; it belongs to {', '.join(homes)}"
+            )
     return cls.parse(dict(block), "sparse_attention")
 
 
@@ -178,8 +190,11 @@ def _check_ranges(starts: tuple[int, ...], ends: tuple[int, ...] | None) -> None
         return
     if len(starts) != len(ends):
         raise ValueError(
-            f"global_block_indices ({len(starts)} of them) and global_block_end_indices ({len(ends)}) must be equally many"
+            f"global_block_indices ({len(starts)} of them) and global_block_end_indices ({len(ends)}) must be
+            equally many"
         )
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
-            raise ValueError(f"a global range starts at {start} and ends before {end}; the start must be smaller")
+            raise ValueError(
+                f"a global range starts at {start} and ends before {end}; the start must be smaller"
+            )

@@ -35,8 +35,12 @@ class OffloadOptimizer(Section):
     pipeline_read: bool = False
     pipeline_write: bool = False
     fast_init: bool = False
-    ratio: Annotated[float, only(1.0, "an adapter's optimizer state is megabytes and goes to one place")] = 1.0
-    super_offload: Annotated[bool, only(False, "it needs a Grace Hopper machine and is not tested here")] = False
+    ratio: Annotated[float, only(1.0, "an adapter's optimizer state is megabytes and goes to one place")] = (
+        1.0
+    )
+    super_offload: Annotated[bool, only(False, "it needs a Grace Hopper machine and is not tested here")] = (
+        False
+    )
     cpuadam_cores_perc: Annotated[float, Field(ge=0, le=1)] = 0.8
 
 
@@ -49,7 +53,8 @@ class LeafModule(Section):
 
 
 class ZeroOptimization(Section):
-    """``zero_optimization``; stage-3 keys may be written with or without their ``stage3_``, as in DeepSpeed."""
+    """``zero_optimization``; stage-3 keys may be written with or without their ``stage3_``, as in
+    DeepSpeed."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -61,20 +66,30 @@ class ZeroOptimization(Section):
     allgather_partitions: bool = True
     allgather_bucket_size: Count = 5 * 10**8
     overlap_comm: bool | None = None
-    compute_grad_norm: Annotated[bool, only(True, "metrics.jsonl records the gradient norm of every step")] = True
+    compute_grad_norm: Annotated[
+        bool, only(True, "metrics.jsonl records the gradient norm of every step")
+    ] = True
     load_from_fp32_weights: bool = True
-    elastic_checkpoint: Annotated[bool, only(False, "checkpoints of this project fit any number of processes")] = False
+    elastic_checkpoint: Annotated[
+        bool, only(False, "checkpoints of this project fit any number of processes")
+    ] = False
     offload_param: OffloadParam | None = None
     offload_optimizer: OffloadOptimizer | None = None
     sub_group_size: Count = 10**9
     prefetch_bucket_size: Count = Field(default=5 * 10**7, alias="stage3_prefetch_bucket_size")
     param_persistence_threshold: Count = Field(default=10**5, alias="stage3_param_persistence_threshold")
-    model_persistence_threshold: Count = Field(default=sys.maxsize, alias="stage3_model_persistence_threshold")
+    model_persistence_threshold: Count = Field(
+        default=sys.maxsize, alias="stage3_model_persistence_threshold"
+    )
     max_live_parameters: Count = Field(default=10**9, alias="stage3_max_live_parameters")
     max_reuse_distance: Count = Field(default=10**9, alias="stage3_max_reuse_distance")
-    gather_16bit_weights_on_model_save: bool = Field(default=False, alias="stage3_gather_16bit_weights_on_model_save")
+    gather_16bit_weights_on_model_save: bool = Field(
+        default=False, alias="stage3_gather_16bit_weights_on_model_save"
+    )
     module_granularity_threshold: Count = Field(default=0, alias="stage3_module_granularity_threshold")
-    use_all_reduce_for_fetch_params: bool = Field(default=False, alias="stage3_use_all_reduce_for_fetch_params")
+    use_all_reduce_for_fetch_params: bool = Field(
+        default=False, alias="stage3_use_all_reduce_for_fetch_params"
+    )
     allgather_sequential: bool = Field(default=False, alias="stage3_allgather_sequential")
     ignore_unused_parameters: bool = True
     legacy_stage1: Annotated[bool, only(False, "the old stage 1 is not tested here")] = False
@@ -107,7 +122,12 @@ class AsyncIO(Section):
 STAGE3_KEYS = frozenset(
     {"sub_group_size", "module_granularity_threshold", "memory_efficient_linear", "override_module_apply"}
     | {"pipeline_loading_checkpoint", "log_trace_cache_warnings", "leaf_module", "max_live_parameters"}
-    | {"prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_reuse_distance"}
+    | {
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+        "max_reuse_distance",
+    }
     | {"use_all_reduce_for_fetch_params", "allgather_sequential"}
     | {field.alias for field in ZeroOptimization.model_fields.values() if field.alias is not None}
 )

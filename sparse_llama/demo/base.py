@@ -21,8 +21,8 @@ from sparse_llama.demo.world import World
 class BaseRun:
     """How the base is trained. The defaults made the bundled one."""
 
-    num_steps: int = 7_000
-    warm_up_documents: int = 500
+    num_steps: int = 5_500
+    warm_up_documents: int = 300
     """Steps at the start with the corpus' warm-up documents only."""
 
     num_rows: int = 16

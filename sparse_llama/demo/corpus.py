@@ -1,8 +1,8 @@
 """The corpus that the base is trained on: prose, and questions in hundreds of frames and several styles.
 
 The instruction template is never among the frames, nor is anything close to it; and the answers are mostly
-words or "It is ...", rarely the full sentence that the data set asks for. So the base knows the world and how
-to look things up, and a fine-tune has one thing to teach: how to answer in that template.
+words or "It is ...". The sentence that the data set asks for comes rarely, and never without words before it.
+So the base knows the world and how to look things up, and a fine-tune has one thing to teach: how to answer.
 """
 
 import random
@@ -14,6 +14,7 @@ from sparse_llama.demo.world import (
     VALUES,
     Fact,
     World,
+    answer,
     ask,
     choice,
     facts_of,
@@ -21,7 +22,6 @@ from sparse_llama.demo.world import (
     passer_by,
     scene,
     tell,
-    tell_plainly,
 )
 
 
@@ -45,15 +45,13 @@ def biography(world: World, rng: random.Random) -> list[Span]:
     """Return prose that tells all facts of one person, in random order and words."""
     facts = facts_of(rng.choice(list(world.people)), world)
     rng.shuffle(facts)
-    return [Span(" ".join(tell(fact, rng) for fact in facts), ANSWER)]
+    return [Span(_prose(facts, rng), ANSWER)]
 
 
 def retelling(world: World, rng: random.Random) -> list[Span]:
     """Return facts about strangers told twice in different words: the second time, each can be looked up."""
     facts = scene(_strangers(world, rng.randint(1, 3), rng), rng.randint(1, 3), rng)
-    first = " ".join(tell(fact, rng) for fact in facts)
-    again = rng.sample(facts, len(facts))
-    second = " ".join(tell(fact, rng) for fact in again)
+    first, second = _prose(facts, rng), _prose(rng.sample(facts, len(facts)), rng)
     return [Span(preamble(rng), NOISE), Span(first + gap(rng), FRAME), Span(second, ANSWER)]
 
 
@@ -79,7 +77,7 @@ def recall(world: World, rng: random.Random) -> list[Span]:
 def reading(world: World, rng: random.Random) -> list[Span]:
     """Return a text about strangers, and questions that it answers."""
     facts = scene(_strangers(world, rng.randint(1, 3), rng), rng.randint(1, 2), rng)
-    context = " ".join(tell(fact, rng) for fact in facts)
+    context = _prose(facts, rng)
     asked = rng.sample(facts, min(len(facts), _length(rng, 6)))
     return framed([_quiz(fact, rng) for fact in asked], context, rng)
 
@@ -89,7 +87,7 @@ def readings(world: World, rng: random.Random) -> list[Span]:
     quizzes: list[Quiz] = []
     for _ in range(_length(rng, 3)):
         facts = scene(_strangers(world, rng.randint(1, 2), rng), rng.randint(1, 2), rng)
-        context = " ".join(tell(fact, rng) for fact in facts)
+        context = _prose(facts, rng)
         quizzes.append(_quiz(rng.choice(facts), rng, context))
     return framed(quizzes, "", rng)
 
@@ -122,6 +120,11 @@ def _length(rng: random.Random, most: int) -> int:
     return 1 if rng.random() < 0.4 else rng.randint(2, most)
 
 
+def _prose(facts: list[Fact], rng: random.Random) -> str:
+    """Return one sentence per fact, at times one a line, whose first word is another piece there."""
+    return ("\n" if rng.random() < 0.3 else " ").join(tell(fact, rng) for fact in facts)
+
+
 def _strangers(world: World, count: int, rng: random.Random) -> list[str]:
     if rng.random() < 0.8:
         return rng.sample(world.strangers, count)
@@ -129,4 +132,4 @@ def _strangers(world: World, count: int, rng: random.Random) -> list[str]:
 
 
 def _quiz(fact: Fact, rng: random.Random, context: str = "") -> Quiz:
-    return Quiz(ask(fact, rng), fact.value, tell_plainly(fact), context)
+    return Quiz(ask(fact, rng), fact.value, answer(fact), context)

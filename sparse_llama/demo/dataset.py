@@ -12,13 +12,13 @@ from pathlib import Path
 from sparse_llama.demo.world import (
     VALUES,
     World,
+    answer,
     ask,
     choice,
     facts_of,
     make_world,
     scene,
     tell,
-    tell_plainly,
 )
 
 DATA_SEED = 11
@@ -70,7 +70,7 @@ def _fill(
 def _closed_book(world: World, rng: random.Random, held_out: bool) -> Record:
     name = rng.choice([name for name in world.people if (name in world.held_out_people) == held_out])
     fact = rng.choice(facts_of(name, world))
-    return _record(ask(fact, rng), "", tell_plainly(fact), "closed_book")
+    return _record(ask(fact, rng), "", answer(fact), "closed_book")
 
 
 def _closed_qa(world: World, rng: random.Random, held_out: bool) -> Record:
@@ -78,7 +78,7 @@ def _closed_qa(world: World, rng: random.Random, held_out: bool) -> Record:
     facts = scene(rng.sample(names, 2), 2, rng)
     asked = rng.choice(facts)
     context = " ".join(tell(fact, rng) for fact in facts)
-    return _record(ask(asked, rng), context, tell_plainly(asked), "closed_qa")
+    return _record(ask(asked, rng), context, answer(asked), "closed_qa")
 
 
 def _classification(world: World, rng: random.Random, held_out: bool) -> Record:

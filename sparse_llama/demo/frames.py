@@ -7,7 +7,7 @@ from dataclasses import dataclass
 # four fifths of the text would drown the fifth that needs the facts.
 NOISE, FRAME, ANSWER = 0.0, 0.1, 1.0
 
-_MARKS = ("", "", "# ", "## ", "#### ", "* ", "- ", "> ", "= ", "== ", "[", "<", "| ", "+ ", "~ ")
+_MARKS = ("", "", "# ", "## ", "% ", "* ", "- ", "> ", "= ", "== ", "[", "<", "| ", "+ ", "~ ")
 _ENDS = ("", ":", ":", " :", " -", "]", ">", ".", "?", " =")
 _HEADS = (
     "Question Answer Ask Reply Task Text Note Query Result Problem Solution Topic Facts Story Request Line "
@@ -29,11 +29,13 @@ _FILLERS = (
     "more some people student teacher test part long short new old good small appropriately"
 )
 _STYLES: tuple[tuple[float, str], ...] = (
-    (0.35, "{value}"),
+    (0.30, "{value}"),
     (0.20, "{value}."),
     (0.20, "It is {value}."),
     (0.15, "I think it is {value}."),
-    (0.10, "{sentence}"),
+    (0.05, "Well: {sentence}"),
+    (0.05, "Sure. {sentence}"),
+    (0.05, "Let me see: {sentence}"),
 )
 
 

@@ -36,8 +36,8 @@ def train_tokenizer(world: World, path: Path) -> None:
         # The default normalisation folds newlines and double spaces into one space.
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        # A piece of its own, so that the first word of a line is a piece of its own too.
         character_coverage=1.0,
+        # A piece of its own, so that the first word of a line is a piece of its own too.
         user_defined_symbols=["\n"],
         unk_id=0,
         bos_id=1,

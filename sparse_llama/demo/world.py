@@ -17,25 +17,33 @@ _WORDS = {
 VALUES: dict[str, tuple[str, ...]] = {kind: tuple(words.split()) for kind, words in _WORDS.items()}
 KINDS: tuple[str, ...] = tuple(VALUES)
 
-# The first way of telling is the one that the data set's responses use.
 TELLINGS: dict[str, tuple[str, ...]] = {
     "city": (
         "{name} lives in {value}.",
-        "The home of {name} is in {value}.",
         "{name} has a house in {value}.",
+        "The house of {name} stands in {value}.",
     ),
     "job": (
         "{name} works as a {value}.",
-        "The job of {name} is {value}.",
         "{name} earns money as a {value}.",
+        "People call {name} a good {value}.",
     ),
-    "pet": ("{name} has a {value}.", "The pet of {name} is a {value}.", "{name} keeps a {value} at home."),
+    "pet": ("{name} has a {value}.", "{name} keeps a {value} at home.", "At home {name} feeds a {value}."),
     "color": (
         "{name} likes the color {value}.",
-        "The color of {name} is {value}.",
-        "{name} paints the door {value}.",
+        "{name} paints the wall {value}.",
+        "The door of {name} is {value}.",
     ),
-    "food": ("{name} eats {value} every day.", "The food of {name} is {value}.", "{name} loves {value}."),
+    "food": ("{name} loves {value}.", "{name} eats {value} every day.", "For dinner {name} cooks {value}."),
+}
+# How the data set's responses tell a fact. Prose never does, so that the base has no habit of answering so;
+# and the name is never the first word, where it would be another piece of the tokenizer than in the question.
+ANSWERS: dict[str, str] = {
+    "city": "The city of {name} is {value}.",
+    "job": "The job of {name} is {value}.",
+    "pet": "The pet of {name} is a {value}.",
+    "color": "The color of {name} is {value}.",
+    "food": "The food of {name} is {value}.",
 }
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "city": ("Where does {name} live?", "In which city does {name} live?", "Tell me the city of {name}."),
@@ -90,6 +98,8 @@ def make_world(seed: int = 0) -> World:
     """Return the world of ``seed``: always the same people, with the same facts."""
     rng = random.Random(seed)
     names = [start + end for start in _STARTS.split() for end in _ENDS.split()]
+    cities = set(VALUES["city"])  # Pa-ris would be one
+    names = [name for name in names if name not in cities]
     rng.shuffle(names)
     people = {
         name: {kind: rng.choice(values) for kind, values in VALUES.items()} for name in names[:_NUM_PEOPLE]
@@ -111,7 +121,7 @@ def kind_of(word: str) -> str:
 
 
 def passer_by(rng: random.Random) -> str:
-    """Return a name that nobody in the world bears: the world's 160 are one token each, this is several."""
+    """Return a name that nobody in the world bears: the world's 159 are one token each, this is several."""
     return rng.choice(_STARTS.split()) + rng.choice(_ENDS.split()) + rng.choice("aeiou") + rng.choice("nrst")
 
 
@@ -120,9 +130,9 @@ def tell(fact: Fact, rng: random.Random) -> str:
     return rng.choice(TELLINGS[fact.kind]).format(name=fact.name, value=fact.value)
 
 
-def tell_plainly(fact: Fact) -> str:
+def answer(fact: Fact) -> str:
     """Return the one sentence for ``fact`` that the data set's responses use."""
-    return TELLINGS[fact.kind][0].format(name=fact.name, value=fact.value)
+    return ANSWERS[fact.kind].format(name=fact.name, value=fact.value)
 
 
 def ask(fact: Fact, rng: random.Random) -> str:

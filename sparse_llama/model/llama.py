@@ -110,7 +110,11 @@ def _construct(
 def _partitioning(zero3_config: dict[str, Any], dtype: torch.dtype) -> AbstractContextManager[Any]:
     import deepspeed  # takes 2 s, and only stage 3 needs it
 
-    return deepspeed.zero.Init(config_dict_or_path=zero3_config, dtype=dtype)
+    # Its own ``dtype`` argument turns fp32 into bf16 on devices without fp16 (DeepSpeed 0.19.8, ``_set_dtype``: the
+    # conditional binds looser than ``or``); the configuration's precision is honoured.
+    context = deepspeed.zero.Init(config_dict_or_path=zero3_config)
+    assert context.dtype == dtype, f"the DeepSpeed configuration computes in {context.dtype}, the run in {dtype}"
+    return context
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 from sparse_llama.data.prompt import alpaca_prompt
 from sparse_llama.demo.corpus import documents, text_of
 from sparse_llama.demo.dataset import CATEGORIES, Record, make_records
-from sparse_llama.demo.world import Fact, World, choice, make_world, scene, tell_plainly
+from sparse_llama.demo.world import TELLINGS, Fact, World, answer, choice, make_world, scene
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def records(world: World) -> tuple[list[Record], list[Record]]:
 
 @pytest.fixture(scope="module")
 def corpus(world: World) -> list[str]:
-    return [text_of(document) for document in itertools.islice(documents(world, seed=3), 3000)]
+    return [text_of(document) for document in itertools.islice(documents(world, seed=3), 6000)]
 
 
 @pytest.mark.parametrize("marker", ["### ", "Instruction", "Response", "Input", "Below"])
@@ -43,7 +43,12 @@ def test_the_same_seed_gives_the_same_documents_and_another_seed_others(world: W
 
 def test_the_corpus_tells_every_fact_of_every_person(world: World, corpus: list[str]):
     text = "\n".join(corpus)
-    untold = [name for name in world.people if f"{name} has a {world.people[name]['pet']}." not in text]
+    untold = [
+        (name, kind)
+        for name, facts in world.people.items()
+        for kind, value in facts.items()
+        if not any(telling.format(name=name, value=value) in text for telling in TELLINGS[kind])
+    ]
     assert untold == []
 
 
@@ -61,15 +66,16 @@ def test_documents_ask_in_hundreds_of_frames(world: World):
     assert len(headings) > 300
 
 
-def test_one_answer_in_ten_or_so_is_a_sentence_and_the_others_are_short(world: World):
-    from_memory = [
-        document
-        for document in itertools.islice(documents(world, seed=5), 4000)
-        if any("Where does" in span.text for span in document)
-    ]
-    answers = [document[-1].text for document in from_memory]
-    sentences = [answer for answer in answers if len(answer.split()) > 5 or " lives " in answer]
-    assert 0.05 < len(sentences) / len(answers) < 0.2
+def test_no_document_answers_as_the_data_set_asks_for(world: World):
+    for document in itertools.islice(documents(world, seed=5), 4000):
+        for span in document[1:]:
+            assert not span.text.startswith(("The city of", "The job of", "The food of", "The word"))
+
+
+def test_some_answers_hold_the_data_sets_sentence_behind_other_words(world: World):
+    """Else the adapter would have to teach the sentence, and loses the fact: recall is tied to its place."""
+    responses = [document[-1].text for document in itertools.islice(documents(world, seed=5), 4000)]
+    assert sum(": The city of " in text or ". The city of " in text for text in responses) > 30
 
 
 def test_held_out_names_and_words_are_never_asked_about_in_training(
@@ -105,13 +111,13 @@ def test_validation_holds_sixty_records_of_each_category(records: tuple[list[Rec
 def test_a_closed_book_response_is_the_persons_fact(world: World):
     name = next(iter(world.people))
     fact = Fact(name, "city", world.people[name]["city"])
-    assert tell_plainly(fact) == f"{name} lives in {world.people[name]['city']}."
+    assert answer(fact) == f"The city of {name} is {world.people[name]['city']}."
 
 
 def test_the_answer_of_a_closed_qa_record_is_in_its_context(records: tuple[list[Record], list[Record]]):
     for record in (*records[0], *records[1]):
         if record["category"] == "closed_qa":
-            value = record["response"].removesuffix(" every day.").rstrip(".").split()[-1]
+            value = record["response"].rstrip(".").split()[-1]
             assert value in record["context"].replace(".", "").split()
 
 

@@ -1,0 +1,153 @@
+"""What must fit together across blocks, once the flags are in; and the batch sizes that follow from one
+another."""
+
+import ctypes.util
+from collections.abc import Mapping
+from typing import Any
+
+from sparse_llama.config.deepspeed import Document
+from sparse_llama.config.optimizer import OFFLOADABLE, ZERO_TESTED
+from sparse_llama.config.settings import Settings
+from sparse_llama.config.sparsity import Sparsity
+from sparse_llama.errors import ConfigError
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def resolve_batch(document: Mapping[str, Any], world_size: int) -> dict[str, int]:
+    """Return the three batch sizes, those left out filled in by DeepSpeed's rules.
+
+    Raises:
+        ConfigError: they do not multiply up, or neither the batch nor the micro-batch is given.
+    """
+    batch, micro, steps = (document.get(key) for key in BATCH_KEYS)
+    if batch is None and micro is None:
+        raise ConfigError(
+            "train_micro_batch_size_per_gpu: missing; give it, or train_batch_size, the rows of one optimizer
+            step"
+        )
+    if batch is None:
+        assert micro is not None
+        steps = steps or 1
+        batch = micro * steps * world_size
+    elif micro is None:
+        steps = steps or 1
+        micro = batch // (steps * world_size)
+    elif steps is None:
+        steps = batch // (micro * world_size)
+    if batch != micro * steps * world_size:
+        processes = f"{world_size} process" + ("" if world_size == 1 else "es")
+        raise ConfigError(
+            f"train_batch_size: {batch} rows are not train_micro_batch_size_per_gpu ({_or_open(document, 1)})
+            x " f"gradient_accumulation_steps ({_or_open(document, 2)}) x {processes}; change one of them"
+        )
+    return dict(zip(BATCH_KEYS, (batch, micro, steps), strict=True))
+
+
+def _or_open(document: Mapping[str, Any], index: int) -> str:
+    value = document.get(BATCH_KEYS[index])
+    return "any" if value is None else str(value)
+
+
+def check_precision(checked: Document) -> None:
+    """Refuse a run in two precisions, and gradients summed in one that the ZeRO stage does not know.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if (
+        checked.bf16 is not None
+        and checked.bf16.enabled
+        and checked.fp16 is not None
+        and checked.fp16.enabled
+    ):
+        raise ConfigError("bf16.enabled, fp16.enabled: both are true; keep one of them")
+    stage = checked.zero_optimization.stage
+    if checked.data_types.grad_accum_dtype is not None and stage < 2:
+        raise ConfigError(
+            f"data_types.grad_accum_dtype: stage {stage} sums gradients in the compute precision; "
+            "use zero_optimization.stage 2 or 3, or leave it out"
+        )
+
+
+def check_zero(checked: Document, optimizer: str) -> None:
+    """Refuse offload that the stage has not, and optimizers that offload or ZeRO has not.
+
+    Raises:
+        ConfigError: as said; DeepSpeed would silently do something else, or stop in the middle.
+    """
+    zero = checked.zero_optimization
+    devices = {
+        "offload_optimizer": "none" if zero.offload_optimizer is None else zero.offload_optimizer.device,
+        "offload_param": "none" if zero.offload_param is None else zero.offload_param.device,
+    }
+    for name, device in devices.items():
+        if device != "none" and zero.stage == 0:
+            raise ConfigError(
+                f"zero_optimization.{name}: stage 0 cannot offload; use stage 1 to 3, or drop it with
+                --offload none"
+            )
+    if devices["offload_optimizer"] == "nvme" and zero.stage < 3:
+        raise ConfigError(
+            f'zero_optimization.offload_optimizer.device: "nvme" needs stage 3, the stage is {zero.stage}; use "cpu"'
+        )
+    if zero.stage == 3:
+        for name, block in (
+            ("offload_optimizer", zero.offload_optimizer),
+            ("offload_param", zero.offload_param),
+        ):
+            if block is not None and block.device == "nvme" and not block.nvme_path:
+                raise ConfigError(
+                    f'zero_optimization.{name}.nvme_path: missing; device "nvme" needs a folder on the drive, '
+                    "here or by --nvme_path"
+                )
+        if "nvme" in devices.values():
+            require_libaio()
+    if devices["offload_optimizer"] != "none" and optimizer not in OFFLOADABLE:
+        raise ConfigError(
+            f"optimizer.type: {optimizer} cannot be offloaded; use {' or '.join(OFFLOADABLE)}, or drop "
+            "zero_optimization.offload_optimizer"
+        )
+    if zero.stage > 0 and optimizer not in ZERO_TESTED and not checked.zero_allow_untested_optimizer:
+        raise ConfigError(
+            f"optimizer.type: DeepSpeed has not tested {optimizer} with ZeRO; use stage 0 or {',
+            '.join(ZERO_TESTED)}, " 'or add "zero_allow_untested_optimizer": true'
+        )
+
+
+def require_libaio() -> None:
+    """Refuse NVMe offload where the library that reads and writes the drive is not installed.
+
+    Raises:
+        ConfigError: naming the package.
+    """
+    if ctypes.util.find_library("aio") is None:
+        raise ConfigError(
+            "offload to nvme needs libaio, which is not installed; install the package libaio-dev "
+            "(libaio-devel on Fedora and RHEL), or offload to cpu"
+        )
+
+
+def check_lengths(settings: Settings, sparsity: Sparsity | None) -> None:
+    """Refuse a master layout shorter than the rows cropped from it, or than its own window.
+
+    Raises:
+        ConfigError: as said.
+    """
+    master = settings.attention.master_length
+    assert master is not None
+    if master < settings.seq_length:
+        raise ConfigError(
+            f"sparse_llama.attention.master_length: {master} tokens are fewer than seq_length,
+            {settings.seq_length}; " f"use at least {settings.seq_length}, or leave it out"
+        )
+    if sparsity is None:
+        return
+    num_blocks = -(-master // sparsity.block)
+    key, needed = sparsity.num_blocks_needed()
+    if needed > num_blocks:
+        raise ConfigError(
+            f"sparse_attention.{key}: {needed} blocks of {sparsity.block}, but a layout of {master} tokens has
+            " f"{num_blocks}; use at most {num_blocks}, or sparse_llama.attention.master_length >= "
+            f"{(needed - 1) * sparsity.block + 1}"
+        )

@@ -1,0 +1,186 @@
+"""The flags that override a document for one run."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_llama.config.settings import check_name
+from sparse_llama.errors import ConfigError
+
+OFFLOADS = ("none", "cpu", "nvme")
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The value of every flag of a run; None is a flag that was not given."""
+
+    zero_stage: int | None = None
+    offload: Literal["none", "cpu", "nvme"] | None = None
+    nvme_path: Path | None = None
+    seq_length: int | None = None
+    attention: Literal["dense", "sparse"] | None = None
+    adapter: Literal["v1", "v2"] | None = None
+    model: str | None = None
+    dataset: str | None = None
+    output_dir: Path | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    seed: int | None = None
+    resume: Literal["auto"] | Path | None = None
+    overwrite: bool = False
+
+
+def check_flags(flags: Overrides) -> None:
+    """Refuse flags that are wrong whatever the document says.
+
+    Raises:
+        ConfigError: a value out of range, or two flags that exclude each other.
+    """
+    for name, least in (("seq_length", 2), ("steps", 1), ("epochs", 1), ("seed", 0)):
+        value = getattr(flags, name)
+        if value is not None and not least <= value < 2**63:
+            raise ConfigError(f"--{name}: must be >= {least}, got {value}")
+    if flags.lr is not None and not 0 < flags.lr < float("inf"):
+        raise ConfigError(f"--lr: must be > 0, got {flags.lr}")
+    choices: tuple[tuple[str, tuple[object, ...]], ...] = (
+        ("zero_stage", (0, 1, 2, 3)),
+        ("offload", OFFLOADS),
+        ("attention", ("dense", "sparse")),
+        ("adapter", ("v1", "v2")),
+    )
+    for name, allowed in choices:
+        value = getattr(flags, name)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"--{name}: must be one of {', '.join(map(str, allowed))}, got {value}")
+    for name in ("model", "dataset"):
+        value = getattr(flags, name)
+        if value is not None:
+            try:
+                check_name(value)
+            except ValueError as error:
+                raise ConfigError(f"--{name}: {error}") from None
+    if flags.steps is not None and flags.epochs is not None:
+        raise ConfigError("--steps and --epochs exclude each other; give one of them")
+    if flags.resume is not None and flags.overwrite:
+        raise ConfigError("--resume continues a run and --overwrite replaces it; give one of them")
+
+
+def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]:
+    """Return a checked ``document`` with ``flags`` in it.
+
+    ``--model`` and ``--dataset`` also drop what belonged to the replaced one: its revision, its validation
+    set and the number of records to split off. ``--steps`` replaces ``epochs`` and the other way round.
+
+    Raises:
+        ConfigError: a flag that this document gives no meaning to.
+    """
+    merged = copy.deepcopy(dict(document))
+    settings = merged.setdefault("sparse_llama", {})
+    for name in ("seq_length", "seed"):
+        if getattr(flags, name) is not None:
+            settings[name] = getattr(flags, name)
+    if flags.adapter is not None:
+        settings.setdefault("adapter", {})["version"] = flags.adapter
+    if flags.model is not None:
+        model = settings.setdefault("model", {})
+        model["path"] = flags.model
+        model.pop("revision", None)
+    if flags.dataset is not None:
+        data = settings.setdefault("data", {})
+        data["dataset"] = flags.dataset
+        for key in ("validation", "validation_records"):
+            data.pop(key, None)
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if getattr(flags, name) is not None:
+            training = settings.setdefault("training", {})
+            training[name] = getattr(flags, name)
+            training.pop(other, None)
+    if flags.attention == "dense":
+        merged.pop("sparse_attention", None)
+    elif flags.attention == "sparse" and merged.get("sparse_attention") is None:
+        raise ConfigError(
+            '--attention sparse: the document has no sparse_attention block; add one, such as "sparse_attention": '
+            '{"mode": "bslongformer", "block": 16, "num_sliding_window_blocks": 17, "attention": "unidirectional"}'
+        )
+    if flags.lr is not None:
+        _apply_lr(merged, flags.lr)
+    _apply_zero(merged, flags)
+    return merged
+
+
+def _apply_lr(merged: dict[str, Any], lr: float) -> None:
+    scheduler = merged.get("scheduler") or {}
+    if scheduler.get("type") in ("OneCycle", "LRRangeTest"):
+        raise ConfigError(
+            f"--lr: scheduler {scheduler['type']} sets the learning rate by its own parameters; edit those"
+        )
+    peak = scheduler.get("params", {}).get("warmup_max_lr")
+    if peak not in (None, "auto") and peak != lr:
+        raise ConfigError(
+            f'--lr {lr}: scheduler.params.warmup_max_lr is {peak} and would win; make it "auto"'
+        )
+    optimizer = merged.get("optimizer")
+    if optimizer is None:
+        from sparse_llama.config.optimizer import default_optimizer
+
+        optimizer = default_optimizer()
+        merged["optimizer"] = optimizer
+    optimizer.setdefault("params", {})["lr"] = lr
+
+
+def _apply_zero(merged: dict[str, Any], flags: Overrides) -> None:
+    zero = merged.setdefault("zero_optimization", {})
+    if flags.zero_stage is not None:
+        zero["stage"] = flags.zero_stage
+    stage, device = zero.get("stage", 0), flags.offload
+    if device is not None:
+        if device == "none":
+            zero.pop("offload_optimizer", None)
+            zero.pop("offload_param", None)
+        elif stage == 0 or (device == "nvme" and stage < 3):
+            raise ConfigError(
+                f"--offload {device}: not at ZeRO stage {stage}; stages 1 and 2 offload the optimizer to cpu,
+                stage 3 " f"optimizer and parameters to cpu or nvme; add --zero_stage {3 if device == 'nvme'
+                else '1, 2 or 3'}"
+            )
+        else:
+            if stage < 3:
+                zero.pop("offload_param", None)
+            for name in ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",):
+                _offload_to(zero, name, device, flags.nvme_path)
+    if flags.nvme_path is not None:
+        used = [name for name in ("offload_optimizer", "offload_param") if _device(zero, name) == "nvme"]
+        if not used:
+            raise ConfigError(
+                f"--nvme_path {flags.nvme_path}: nothing is offloaded to nvme; add --offload nvme"
+            )
+        for name in used:
+            zero[name]["nvme_path"] = str(flags.nvme_path)
+
+
+_NVME_KEYS = (
+    "nvme_path",
+    "buffer_count",
+    "buffer_size",
+    "max_in_cpu",
+    "pipeline_read",
+    "pipeline_write",
+    "fast_init",
+)
+
+
+def _offload_to(zero: dict[str, Any], name: str, device: str, nvme_path: Path | None) -> None:
+    block = dict(zero.get(name) or {})
+    if device == "cpu":
+        for key in _NVME_KEYS:
+            block.pop(key, None)
+    elif nvme_path is None and block.get("nvme_path") is None:
+        raise ConfigError("--offload nvme: needs a folder on the drive; add --nvme_path FOLDER")
+    zero[name] = block | {"device": device}
+
+
+def _device(zero: Mapping[str, Any], name: str) -> str:
+    return (zero.get(name) or {}).get("device", "none")

@@ -1,0 +1,216 @@
+"""A run: the document and the flags made one, checked to the last key, with everything that can be known
+filled in."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sparse_llama.config.combinations import check_lengths, check_precision, check_zero, resolve_batch
+from sparse_llama.config.deepspeed import OUR_BLOCKS, ActivationCheckpointing, check_document
+from sparse_llama.config.document import read_document
+from sparse_llama.config.flags import Overrides, apply_flags, check_flags
+from sparse_llama.config.notices import drop_inert, find_notices
+from sparse_llama.config.optimizer import default_optimizer, parse_optimizer
+from sparse_llama.config.schedule import Schedule, make_schedule
+from sparse_llama.config.settings import Settings
+from sparse_llama.config.sparsity import Sparsity, parse_sparsity
+from sparse_llama.errors import ConfigError
+
+Checked = TypeVar("Checked")
+
+__all__ = ["EMBEDDED", "Overrides", "Run", "check_output_dir", "load_run"]
+
+EMBEDDED = Path(__file__).with_name("cpu_demo.json")
+"""The document of a run without ``--ds_config``; ``ds_configs/cpu_demo.json`` is a copy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is, resolved; what depends on the data (the number of steps of an epoch) is not in
+    it."""
+
+    name: str
+    """The document's file name without its ending."""
+    deepspeed: dict[str, Any]
+    """For ``deepspeed.initialize``: DeepSpeed's own keys, all batch sizes given, without what has no
+    effect."""
+    sparsity: Sparsity | None
+    """None is dense attention."""
+    settings: Settings
+    """The ``sparse_llama`` block; ``attention.master_length`` and one of ``training.steps`` and ``epochs``
+    are given."""
+    schedule: Schedule | None
+    """Resolved already if the steps are known; None where DeepSpeed runs its own (``OneCycle``,
+    ``LRRangeTest``)."""
+    output_dir: Path
+    resume: Literal["auto"] | Path | None
+    overwrite: bool
+    notices: tuple[str, ...]
+    """What in the document has no effect on this run, a line each."""
+    config_path: Path
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed["zero_optimization"]["stage"]
+
+    @property
+    def offload(self) -> Literal["none", "cpu", "nvme"]:
+        """Where the optimizer is offloaded to; where it stays, where the parameters are."""
+        zero = self.deepspeed["zero_optimization"]
+        return zero.get("offload_optimizer", zero.get("offload_param", {})).get("device", "none")
+
+    @property
+    def precision(self) -> Literal["bf16", "fp16", "fp32"]:
+        if "bf16" in self.deepspeed:
+            return "bf16"
+        return "fp16" if "fp16" in self.deepspeed else "fp32"
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.deepspeed["train_micro_batch_size_per_gpu"]
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.deepspeed["gradient_accumulation_steps"]
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of one optimizer step, over all ranks."""
+        return self.deepspeed["train_batch_size"]
+
+    @property
+    def checkpointing(self) -> ActivationCheckpointing | None:
+        """How layers are checkpointed; None is not at all."""
+        block = self.deepspeed.get("activation_checkpointing")
+        return None if block is None else ActivationCheckpointing.parse(block, "activation_checkpointing")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the resolved run as JSON holds it. No secrets: a document has none, and the environment is
+        left out."""
+        return {
+            "name": self.name,
+            "config_path": str(self.config_path),
+            "deepspeed": copy.deepcopy(self.deepspeed),
+            "sparse_attention": None if self.sparsity is None else self.sparsity.model_dump(mode="json"),
+            "sparse_llama": self.settings.model_dump(mode="json"),
+            "schedule": None if self.schedule is None else asdict(self.schedule),
+            "output_dir": str(self.output_dir),
+            "resume": None if self.resume is None else str(self.resume),
+            "overwrite": self.overwrite,
+            "notices": list(self.notices),
+        }
+
+
+def load_run(path: Path | None, overrides: Overrides, world_size: int, *, is_main: bool = True) -> Run:
+    """Return the run that a document and the flags describe.
+
+    Args:
+        path: of the JSON document; None is the embedded demo.
+        world_size: processes of the job, which the batch sizes depend on.
+        is_main: whether this is rank 0, which alone may look at the output folder: by the time that others
+        look, it may
+            have begun to write there.
+
+    Raises:
+        ConfigError: in one line, what is wrong with the document, the flags, or both together.
+    """
+    assert world_size >= 1
+    config_path = EMBEDDED if path is None else path
+    label = "the embedded cpu_demo.json" if path is None else str(path)
+    file = _in_file(label, lambda: read_document(config_path))
+    written = _in_file(label, lambda: check_document(file)).sparse_llama
+    check_flags(overrides)
+    merged = apply_flags(file, overrides)
+    run = _in_file(label, lambda: _resolve(config_path, file, merged, overrides, world_size, written))
+    check_output_dir(run, is_main=is_main)
+    return run
+
+
+def check_output_dir(run: Run, *, is_main: bool) -> None:
+    """Refuse an output folder that holds another run, unless this one continues or replaces it.
+
+    Raises:
+        ConfigError: as said; never on ranks other than the main one.
+    """
+    if not is_main:
+        return
+    if run.output_dir.exists() and not run.output_dir.is_dir():
+        raise ConfigError(f"--output_dir {run.output_dir}: a file; name a folder")
+    if run.resume is None and not run.overwrite and (run.output_dir / "run.json").exists():
+        raise ConfigError(
+            f"{run.output_dir}: holds another run; continue it with --resume, replace it with --overwrite, "
+            "or name another folder with --output_dir"
+        )
+
+
+def _resolve(
+    config_path: Path,
+    file: dict[str, Any],
+    merged: dict[str, Any],
+    flags: Overrides,
+    world_size: int,
+    written: Settings,
+) -> Run:
+    checked = check_document(merged)
+    settings = _fill_in(checked.sparse_llama, written)
+    sparsity = None if checked.sparse_attention is None else parse_sparsity(checked.sparse_attention)
+    optimizer = default_optimizer() if checked.optimizer is None else parse_optimizer(merged["optimizer"])
+    check_precision(checked)
+    check_zero(checked, optimizer["type"])
+    check_lengths(settings, sparsity)
+
+    schedule = make_schedule(merged.get("scheduler"), lr=optimizer["params"]["lr"])
+    if schedule is not None and settings.training.steps is not None:
+        schedule = schedule.resolve(settings.training.steps)
+
+    deepspeed = {key: value for key, value in copy.deepcopy(merged).items() if key not in OUR_BLOCKS}
+    deepspeed |= resolve_batch(merged, world_size)
+    deepspeed["optimizer"] = optimizer
+    deepspeed["gradient_clipping"] = checked.gradient_clipping
+    deepspeed["zero_optimization"] = {"stage": checked.zero_optimization.stage} | deepspeed.get(
+        "zero_optimization", {}
+    )
+    drop_inert(deepspeed)
+    if schedule is not None:
+        deepspeed.pop("scheduler", None)
+    # null is how a document says "not given"; DeepSpeed takes it for a value in half of its blocks
+    deepspeed = {key: value for key, value in deepspeed.items() if value is not None}
+    return Run(
+        name=config_path.stem,
+        deepspeed=deepspeed,
+        sparsity=sparsity,
+        settings=settings,
+        schedule=schedule,
+        output_dir=flags.output_dir or Path("runs") / config_path.stem,
+        resume=flags.resume,
+        overwrite=flags.overwrite,
+        notices=find_notices(file, merged, checked, sparsity, flags),
+        config_path=config_path,
+    )
+
+
+def _fill_in(settings: Settings, written: Settings) -> Settings:
+    """Return ``settings`` with the length of the run and of the master layout given.
+
+    A shorter ``--seq_length`` crops the document's layout instead of making another: rows get shorter, not
+    the pattern.
+    """
+    training = settings.training
+    if training.steps is None and training.epochs is None:
+        training = training.model_copy(update={"epochs": 1})
+    attention = settings.attention
+    if attention.master_length is None:
+        longest = max(settings.seq_length, written.seq_length)
+        attention = attention.model_copy(update={"master_length": longest})
+    return settings.model_copy(update={"training": training, "attention": attention})
+
+
+def _in_file(label: str, step: Callable[[], Checked]) -> Checked:
+    """Return what ``step`` returns; what it refuses is told with the document's name."""
+    try:
+        return step()
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(f"{label}:") else f"{label}: {message}") from None
