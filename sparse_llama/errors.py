@@ -1,4 +1,5 @@
-"""Errors that a user can cause and fix; each message is one line: where, what was found, what is allowed, what to do."""
+"""Errors that a user can cause and fix; each message is one line: where, what was found, what is allowed,
+what to do."""
 
 
 class SparseLlamaError(Exception):

@@ -1,17 +1,23 @@
 """Adapted models away from their start, where a wrong formula shows."""
 
 import torch
+from sparse_llama.attention.interface import attach_attention, plan_attention
 from transformers import LlamaForCausalLM
 
 from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
-from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.settings import AdapterSettings
 
 
 def adapt(
-    model: LlamaForCausalLM, version: str, *, prompt_length: int = 3, start_layer: int = 2, is_trained: bool = True
+    model: LlamaForCausalLM,
+    version: str,
+    *,
+    prompt_length: int = 3,
+    start_layer: int = 2,
+    is_trained: bool = True,
 ) -> LlamaForCausalLM:
-    """Return ``model`` with dense attention and adapters; trained ones have every tensor away from its initial value."""
+    """Return ``model`` with dense attention and adapters; trained ones have every tensor away from its
+    initial value."""
     plan = plan_attention(
         None, num_heads=model.config.num_attention_heads, master_length=64, seed=0, backend="auto"
     )

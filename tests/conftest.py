@@ -44,7 +44,9 @@ def tiny_llama(tiny_config: Callable[..., LlamaConfig]) -> Callable[..., LlamaFo
         with torch.random.fork_rng():
             torch.manual_seed(7)
             model = LlamaForCausalLM(tiny_config(**overrides))
-            for parameter in model.parameters():  # transformers starts norms at 1 and biases at 0, which hides mistakes
+            for (
+                parameter
+            ) in model.parameters():  # transformers starts norms at 1 and biases at 0, which hides mistakes
                 if parameter.dim() == 1:
                     parameter.data += 0.2 * torch.randn_like(parameter)
         return model.eval()

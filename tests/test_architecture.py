@@ -1,4 +1,5 @@
-"""The floors of the design: a module imports only from lower floors, files stay small, names say something."""
+"""The floors of the design: a module imports only from lower floors, files stay small, names say
+something."""
 
 import ast
 import sys
@@ -79,7 +80,8 @@ def test_files_are_short_and_have_names_that_say_something(path: Path):
 
 
 def test_launch_scripts_do_not_shadow_the_standard_library():
-    """The launcher puts ``launch/`` first on ``sys.path``: a script named ``profile.py`` would replace the module."""
+    """The launcher puts ``launch/`` first on ``sys.path``: a script named ``profile.py`` would replace the
+    module."""
     assert not {path.stem for path in (ROOT / "launch").glob("*.py")} & set(sys.stdlib_module_names)
 
 

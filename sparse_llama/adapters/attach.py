@@ -1,6 +1,7 @@
 """Adapters onto a LLaMA: what is added where, what trains, and under which names.
 
-Nothing is found by its name: prompts, scales and norms are recognised by their module's type, so a base with biases or a
+Nothing is found by its name: prompts, scales and norms are recognised by their module's type, so a base with
+    biases or a
 module called ``norm_something`` trains nothing by accident.
 """
 
@@ -21,11 +22,12 @@ from sparse_llama.errors import ConfigError
 def attach_adapters(model: LlamaForCausalLM, settings: AdapterSettings, *, seed: int = 42) -> None:
     """Add v1's prompts and gates, v2's scales and biases too, to ``model`` and freeze everything else.
 
-    The adapted model computes what the base computes, to the bit, until it is trained. ``attach_attention`` comes first.
+    The adapted model computes what the base computes, to the bit, until it is trained. ``attach_attention``
+    comes first.
 
     Args:
-        seed: of the prompts, drawn in fp32 on the CPU from a generator per layer and then cast, so that they are the same on
-            every rank, device and ZeRO stage.
+        seed: of the prompts, drawn in fp32 on the CPU from a generator per layer and then cast, so that they
+            are the same on every rank, device and ZeRO stage.
 
     Raises:
         ConfigError: no layer is left to adapt.
@@ -33,10 +35,13 @@ def attach_adapters(model: LlamaForCausalLM, settings: AdapterSettings, *, seed:
     layers = model.model.layers
     if settings.start_layer >= len(layers):
         raise ConfigError(
-            f"sparse_llama.adapter.start_layer: {settings.start_layer} leaves no layer to adapt, the model has "
+            f"sparse_llama.adapter.start_layer: {settings.start_layer} leaves no layer to adapt, the model "
+            "has "
             f"{len(layers)} (0 to {len(layers) - 1}); use at most {len(layers) - 1}"
         )
-    assert not any(isinstance(module, ZeroInitAttention) for module in model.modules()), "adapters are attached already"
+    assert not any(isinstance(module, ZeroInitAttention) for module in model.modules()), (
+        "adapters are attached already"
+    )
     model.requires_grad_(False)
     if settings.version == "v2":
         _scale_every_linear(model)
@@ -58,9 +63,11 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return fp32 copies, on the CPU, of what trains; for a model whose parameters are whole (not under ZeRO-3)."""
+    """Return fp32 copies, on the CPU, of what trains; for a model whose parameters are whole (not under
+    ZeRO-3)."""
     return {
-        name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trainable_parameters(model)
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in trainable_parameters(model)
     }
 
 
@@ -87,9 +94,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def first_trained_layer(model: LlamaForCausalLM) -> int:
-    """Return the lowest decoder layer that trains; no gradient has to go below it. The number of layers if none trains."""
+    """Return the lowest decoder layer that trains; no gradient has to go below it. The number of layers if
+    none trains."""
     layers = model.model.layers
-    trained = (i for i, layer in enumerate(layers) if any(parameter.requires_grad for parameter in layer.parameters()))
+    trained = (
+        i
+        for i, layer in enumerate(layers)
+        if any(parameter.requires_grad for parameter in layer.parameters())
+    )
     return next(trained, len(layers))
 
 

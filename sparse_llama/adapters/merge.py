@@ -6,7 +6,8 @@ import torch
 def fold_scale_bias(
     weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, adapter_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the fp32 weight (out, in) and bias (out,) of the plain Linear that equals scale * (W x + bias + adapter_bias).
+    """Return the fp32 weight (out, in) and bias (out,) of the plain Linear that equals scale * (W x + bias +
+    adapter_bias).
 
     Exact but for fp32 rounding. Cast the result once, at the end: folding in bf16 would round twice.
     """

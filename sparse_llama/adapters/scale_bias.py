@@ -1,4 +1,5 @@
-"""A linear layer with a trainable scale and bias per output: LLaMA-Adapter v2 (arXiv:2304.15010, section 3.1).
+"""A linear layer with a trainable scale and bias per output: LLaMA-Adapter v2 (arXiv:2304.15010, section
+3.1).
 
     y = scale * (W x + bias_base + bias)
 
@@ -13,7 +14,8 @@ from torch import nn
 class ScaleBiasLinear(nn.Linear):
     """A Linear over another one's own parameters, with ``adapter_scale`` (1) and ``adapter_bias`` (0) on top.
 
-    The weight is the same Parameter object: a tied embedding stays tied, a ZeRO-3 partition stays one, and the base's names
+    The weight is the same Parameter object: a tied embedding stays tied, a ZeRO-3 partition stays one, and
+        the base's names
     in a state dict do not change.
     """
 

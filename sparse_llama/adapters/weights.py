@@ -1,4 +1,5 @@
-"""The adapter folder: ``adapter.safetensors`` (the trained tensors, fp32) and ``adapter_config.json`` (what they belong to)."""
+"""The adapter folder: ``adapter.safetensors`` (the trained tensors, fp32) and ``adapter_config.json`` (what
+they belong to)."""
 
 import json
 from pathlib import Path
@@ -66,7 +67,8 @@ def load_adapter(folder: Path) -> tuple[AdapterFile, dict[str, torch.Tensor]]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder}: no {name}; an adapter folder holds {WEIGHTS_NAME} and {CONFIG_NAME}, such as OUTPUT_DIR/adapter"
+                f"{folder}: no {name}; an adapter folder holds {WEIGHTS_NAME} and {CONFIG_NAME}, such as "
+                "OUTPUT_DIR/adapter"
             )
     config = _read_config(folder / CONFIG_NAME)
     try:
@@ -85,9 +87,16 @@ def apply_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], *, source:
         CheckpointError: a tensor is missing, unknown or of another shape; nothing has been copied then.
     """
     parameters = dict(trainable_parameters(model))
-    missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    missing, unexpected = (
+        sorted(parameters.keys() - tensors.keys()),
+        sorted(tensors.keys() - parameters.keys()),
+    )
     if missing or unexpected:
-        found = [f"{len(names)} {word} (first {names[0]})" for names, word in ((missing, "missing"), (unexpected, "unexpected")) if names]
+        found = [
+            f"{len(names)} {word} (first {names[0]})"
+            for names, word in ((missing, "missing"), (unexpected, "unexpected"))
+            if names
+        ]
         raise CheckpointError(
             f"{source}: {' and '.join(found)} of {len(parameters)} tensors; "
             "it was trained with other adapter settings or on another base"
@@ -95,7 +104,8 @@ def apply_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], *, source:
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{source}: {name} has shape {list(tensors[name].shape)}, this base needs {list(parameter.shape)}; "
+                f"{source}: {name} has shape {list(tensors[name].shape)}, this base needs "
+                f"{list(parameter.shape)}; "
                 "it was trained on another base"
             )
     for name, parameter in parameters.items():
@@ -109,10 +119,13 @@ def _read_config(path: Path) -> AdapterFile:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != "sparse-llama":
         found = document.get("peft_type") or document.get("format") if isinstance(document, dict) else None
-        raise CheckpointError(f'{path}: "format" must be "sparse-llama"' + (f", found {found!r}" if found else ""))
+        raise CheckpointError(
+            f'{path}: "format" must be "sparse-llama"' + (f", found {found!r}" if found else "")
+        )
     if document.get("format_version") != 1:
         raise CheckpointError(
-            f"{path}: format_version {document.get('format_version')!r} is not one this version reads (1); update sparse-llama"
+            f"{path}: format_version {document.get('format_version')!r} is not one this version reads (1); "
+            "update sparse-llama"
         )
     try:
         return AdapterFile.model_validate(document)

@@ -1,14 +1,17 @@
 """Zero-initialised gated attention over a learned prompt: LLaMA-Adapter v1 (arXiv:2303.16199, section 3.2).
 
-Per adapted layer a prompt of P tokens and one gate per query head. With K_p, V_p = the layer's own key and value
-projections of the prompt, neither normalised nor rotated,
+Per adapted layer a prompt of P tokens and one gate per query head. With K_p, V_p = the layer's own key and
+value projections of the prompt, neither normalised nor rotated,
 
-    y_h = core_h(q, k, v) + gate_h * softmax(q_h K_p^T * scale) V_p        (two separate softmaxes, every query sees P)
+    y_h = core_h(q, k, v) + gate_h * softmax(q_h K_p^T * scale) V_p        (two separate softmaxes, every
+    query sees P)
 
-Departures from the paper: its one softmax over prompt and tokens with rescaled halves is these two softmaxes, and its
+Departures from the paper: its one softmax over prompt and tokens with rescaled halves is these two softmaxes,
+    and its
 tanh around the gate is left out, as in lit-llama (``lit_llama/adapter.py``, 2a464de, lines 151-167).
 
-``B`` batch, ``T`` tokens, ``C`` model width, ``H`` query heads, ``K`` key/value heads, ``D`` head width, ``P`` prompt tokens.
+``B`` batch, ``T`` tokens, ``C`` model width, ``H`` query heads, ``K`` key/value heads, ``D`` head width,
+``P`` prompt tokens.
 """
 
 from typing import Any
@@ -29,8 +32,9 @@ _CORE_NAME = "block_sparse"  # what layers without a prompt keep, and whose mask
 class ZeroInitAttention(nn.Module):
     """A layer's prompt and gates, and the whole prompted attention of that layer.
 
-    The attention is computed here, not in the function that transformers calls, so that ZeRO-3, which gathers a module's
-    parameters around that module's ``forward``, has them whole while they are used; no parameter leaves this module.
+    The attention is computed here, not in the function that transformers calls, so that ZeRO-3, which gathers
+    a module's parameters around that module's ``forward``, has them whole while they are used; no parameter
+    leaves this module.
     """
 
     def __init__(self, prompt: torch.Tensor, num_heads: int) -> None:
@@ -51,14 +55,16 @@ class ZeroInitAttention(nn.Module):
         """Return the (B, H, T, D) sum of the layer's attention core and the gated prompt attention.
 
         Args:
-            attention: the LlamaAttention that owns this module; by keyword, where ZeRO-3's hooks look for no tensors.
+            attention: the LlamaAttention that owns this module; by keyword, where ZeRO-3's hooks look for no
+                tensors.
         """
         core = attention_core(attention, query, key, position_ids, scaling)
         prompt_key, prompt_value = self.prompt_keys_values(attention)
         return _PromptedAttention.apply(core, query, key, value, prompt_key, prompt_value, self.gate, scaling)
 
     def prompt_keys_values(self, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K_p and V_p, each (K, P, D), made anew: a cache would cut the prompt off from its gradient."""
+        """Return K_p and V_p, each (K, P, D), made anew: a cache would cut the prompt off from its
+        gradient."""
         head_dim: int = attention.head_dim  # type: ignore[assignment]
         keys, values = attention.k_proj(self.prompt), attention.v_proj(self.prompt)  # type: ignore[operator]
         return (
@@ -82,7 +88,8 @@ def zero_init_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the (B, T, H, D) attention output of an adapted or plain layer; transformers' attention interface.
+    """Return the (B, T, H, D) attention output of an adapted or plain layer; transformers' attention
+    interface.
 
     Args:
         query: (B, H, T, D), rotated.
@@ -101,7 +108,8 @@ class _PromptedAttention(torch.autograd.Function):
     """The core and the prompt attention as one node, so that only their sum is kept for the backward pass.
 
     What the core's backward needs of its own output comes back as the sum minus the prompt part, and
-    rowsum(do * o) = rowsum(do * sum) - sum_j p_j dp_j, where p_j and dp_j are at hand for the prompt's gradient.
+    rowsum(do * o) = rowsum(do * sum) - sum_j p_j dp_j, where p_j and dp_j are at hand for the prompt's
+    gradient.
     """
 
     @staticmethod
@@ -135,8 +143,12 @@ class _PromptedAttention(torch.autograd.Function):
         grouped_grad, grouped_query = _group(grad, num_kv_heads), _group(query, num_kv_heads)
         grouped_gate = gate.to(statistics).view(num_kv_heads, -1, 1, 1)  # (K, G, 1, 1)
         ungated = torch.einsum("bkgtd,kpd->bkgtp", grouped_grad, prompt_value).to(statistics)
-        row_sum = (probability * ungated).sum(-1, keepdim=True)  # (B, K, G, T, 1) = rowsum(do * prompt part) / gate
-        delta = (grad.to(statistics) * total.to(statistics)).sum(-1) - (grouped_gate * row_sum).flatten(1, 2).squeeze(-1)
+        row_sum = (probability * ungated).sum(
+            -1, keepdim=True
+        )  # (B, K, G, T, 1) = rowsum(do * prompt part) / gate
+        delta = (grad.to(statistics) * total.to(statistics)).sum(-1) - (grouped_gate * row_sum).flatten(
+            1, 2
+        ).squeeze(-1)
         grad_query, grad_key, grad_value = ctx.core.backward(grad, query, key, value, output, lse, delta)
 
         score_grad = (grouped_gate * ctx.scaling * probability * (ungated - row_sum)).to(query.dtype)

@@ -23,8 +23,8 @@ def resolve_batch(document: Mapping[str, Any], world_size: int) -> dict[str, int
     batch, micro, steps = (document.get(key) for key in BATCH_KEYS)
     if batch is None and micro is None:
         raise ConfigError(
-            "train_micro_batch_size_per_gpu: missing; give it, or train_batch_size, the rows of one optimizer
-            step"
+            "train_micro_batch_size_per_gpu: missing; give it, or train_batch_size, the rows of one "
+            "optimizer step"
         )
     if batch is None:
         assert micro is not None
@@ -38,8 +38,9 @@ def resolve_batch(document: Mapping[str, Any], world_size: int) -> dict[str, int
     if batch != micro * steps * world_size:
         processes = f"{world_size} process" + ("" if world_size == 1 else "es")
         raise ConfigError(
-            f"train_batch_size: {batch} rows are not train_micro_batch_size_per_gpu ({_or_open(document, 1)})
-            x " f"gradient_accumulation_steps ({_or_open(document, 2)}) x {processes}; change one of them"
+            f"train_batch_size: {batch} rows are not train_micro_batch_size_per_gpu "
+            f"({_or_open(document, 1)}) x "
+            f"gradient_accumulation_steps ({_or_open(document, 2)}) x {processes}; change one of them"
         )
     return dict(zip(BATCH_KEYS, (batch, micro, steps), strict=True))
 
@@ -84,12 +85,13 @@ def check_zero(checked: Document, optimizer: str) -> None:
     for name, device in devices.items():
         if device != "none" and zero.stage == 0:
             raise ConfigError(
-                f"zero_optimization.{name}: stage 0 cannot offload; use stage 1 to 3, or drop it with
-                --offload none"
+                f"zero_optimization.{name}: stage 0 cannot offload; use stage 1 to 3, or drop it with "
+                "--offload none"
             )
     if devices["offload_optimizer"] == "nvme" and zero.stage < 3:
         raise ConfigError(
-            f'zero_optimization.offload_optimizer.device: "nvme" needs stage 3, the stage is {zero.stage}; use "cpu"'
+            f'zero_optimization.offload_optimizer.device: "nvme" needs stage 3, the stage is {zero.stage}; '
+            'use "cpu"'
         )
     if zero.stage == 3:
         for name, block in (
@@ -98,7 +100,8 @@ def check_zero(checked: Document, optimizer: str) -> None:
         ):
             if block is not None and block.device == "nvme" and not block.nvme_path:
                 raise ConfigError(
-                    f'zero_optimization.{name}.nvme_path: missing; device "nvme" needs a folder on the drive, '
+                    f'zero_optimization.{name}.nvme_path: missing; device "nvme" needs a folder on the '
+                    "drive, "
                     "here or by --nvme_path"
                 )
         if "nvme" in devices.values():
@@ -110,8 +113,9 @@ def check_zero(checked: Document, optimizer: str) -> None:
         )
     if zero.stage > 0 and optimizer not in ZERO_TESTED and not checked.zero_allow_untested_optimizer:
         raise ConfigError(
-            f"optimizer.type: DeepSpeed has not tested {optimizer} with ZeRO; use stage 0 or {',
-            '.join(ZERO_TESTED)}, " 'or add "zero_allow_untested_optimizer": true'
+            f"optimizer.type: DeepSpeed has not tested {optimizer} with ZeRO; use stage 0 or "
+            f"{', '.join(ZERO_TESTED)}, "
+            'or add "zero_allow_untested_optimizer": true'
         )
 
 
@@ -138,8 +142,9 @@ def check_lengths(settings: Settings, sparsity: Sparsity | None) -> None:
     assert master is not None
     if master < settings.seq_length:
         raise ConfigError(
-            f"sparse_llama.attention.master_length: {master} tokens are fewer than seq_length,
-            {settings.seq_length}; " f"use at least {settings.seq_length}, or leave it out"
+            f"sparse_llama.attention.master_length: {master} tokens are fewer than seq_length, "
+            f"{settings.seq_length}; "
+            f"use at least {settings.seq_length}, or leave it out"
         )
     if sparsity is None:
         return
@@ -147,7 +152,8 @@ def check_lengths(settings: Settings, sparsity: Sparsity | None) -> None:
     key, needed = sparsity.num_blocks_needed()
     if needed > num_blocks:
         raise ConfigError(
-            f"sparse_attention.{key}: {needed} blocks of {sparsity.block}, but a layout of {master} tokens has
-            " f"{num_blocks}; use at most {num_blocks}, or sparse_llama.attention.master_length >= "
+            f"sparse_attention.{key}: {needed} blocks of {sparsity.block}, but a layout of {master} tokens "
+            "has "
+            f"{num_blocks}; use at most {num_blocks}, or sparse_llama.attention.master_length >= "
             f"{(needed - 1) * sparsity.block + 1}"
         )

@@ -26,8 +26,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, is no object, or has a duplicate key or a number
-        that is not
-            finite; without the file's name, except where the file itself is the mistake.
+            that is not finite; without the file's name, except where the file itself is the mistake.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -102,8 +102,10 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
         merged.pop("sparse_attention", None)
     elif flags.attention == "sparse" and merged.get("sparse_attention") is None:
         raise ConfigError(
-            '--attention sparse: the document has no sparse_attention block; add one, such as "sparse_attention": '
-            '{"mode": "bslongformer", "block": 16, "num_sliding_window_blocks": 17, "attention": "unidirectional"}'
+            "--attention sparse: the document has no sparse_attention block; add one, such as "
+            '"sparse_attention": '
+            '{"mode": "bslongformer", "block": 16, "num_sliding_window_blocks": 17, "attention": '
+            '"unidirectional"}'
         )
     if flags.lr is not None:
         _apply_lr(merged, flags.lr)
@@ -142,9 +144,10 @@ def _apply_zero(merged: dict[str, Any], flags: Overrides) -> None:
             zero.pop("offload_param", None)
         elif stage == 0 or (device == "nvme" and stage < 3):
             raise ConfigError(
-                f"--offload {device}: not at ZeRO stage {stage}; stages 1 and 2 offload the optimizer to cpu,
-                stage 3 " f"optimizer and parameters to cpu or nvme; add --zero_stage {3 if device == 'nvme'
-                else '1, 2 or 3'}"
+                f"--offload {device}: not at ZeRO stage {stage}; stages 1 and 2 offload the optimizer to "
+                "cpu, stage 3 "
+                "optimizer and parameters to cpu or nvme; add --zero_stage "
+                f"{3 if device == 'nvme' else '1, 2 or 3'}"
             )
         else:
             if stage < 3:

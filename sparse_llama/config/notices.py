@@ -107,8 +107,7 @@ def _zero(zero: Mapping[str, Any]) -> Iterator[str]:
         if device == "none" and block:
             yield f'zero_optimization.{name}: no effect; its device is "none"'
         elif name == "offload_param" and block and stage < 3:
-            yield f"zero_optimization.offload_param: no effect at stage {stage}; parameters are offloaded at
-            stage 3"
+            yield f"zero_optimization.offload_param: no effect at stage {stage}; parameters are offloaded at stage 3"
         elif unused:
             yield f"zero_optimization.{name}: no effect of {', '.join(unused)}; only nvme uses them"
         if "cpuadam_cores_perc" in block:
@@ -124,8 +123,7 @@ def _zero(zero: Mapping[str, Any]) -> Iterator[str]:
     elif stage < 3:
         unread = [key for key in zero if key in STAGE3_KEYS and key not in offload]
         if unread:
-            yield f"zero_optimization: no effect of {', '.join(unread)} at stage {stage}; only stage 3 reads
-            them"
+            yield f"zero_optimization: no effect of {', '.join(unread)} at stage {stage}; only stage 3 reads them"
 
 
 def _schedule(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:
@@ -159,15 +157,15 @@ def _attention(
         return
     if getattr(sparsity, "attention", None) == "bidirectional":
         yield (
-            'sparse_attention.attention: "bidirectional" keeps its blocks, but no token of a causal model sees a later '
+            'sparse_attention.attention: "bidirectional" keeps its blocks, but no token of a causal model '
+            "sees a later "
             "one: the causal mask is intersected"
         )
     patterns = getattr(sparsity, "num_different_global_patterns", 1) + getattr(
         sparsity, "num_random_blocks", 0
     )
     if getattr(sparsity, "different_layout_per_head", False) and patterns == 1:
-        yield "sparse_attention.different_layout_per_head: no effect; nothing differs between heads in this
-        layout"
+        yield "sparse_attention.different_layout_per_head: no effect; nothing differs between heads in this layout"
 
 
 def _settings(block: Mapping[str, Any], settings: Settings) -> Iterator[str]:

@@ -96,9 +96,8 @@ def parse_optimizer(block: object) -> dict[str, Any]:
         allowed = f"; allowed: {', '.join(OPTIMIZERS)}"
         hint = suggest(optimizer.type, OPTIMIZERS)
         raise ConfigError(
-            f"optimizer.type: no optimizer here is called {optimizer.type!a}{
-                hint if 'did you mean' in hint else allowed
-            }"
+            "optimizer.type: no optimizer here is called "
+            f"{optimizer.type!a}{hint if 'did you mean' in hint else allowed}"
         )
     name = names[optimizer.type.lower()]
     params = OPTIMIZERS[name].parse(optimizer.params, "optimizer.params")

@@ -87,7 +87,8 @@ def refuse_auto(value: object, path: str = "") -> None:
             refuse_auto(inner, join_path(path, index))
     elif value == "auto" and path not in AUTO_PATHS:
         raise ConfigError(
-            f'{path}: "auto" is resolved only at {", ".join(sorted(AUTO_PATHS))}; give a value or leave it out'
+            f'{path}: "auto" is resolved only at {", ".join(sorted(AUTO_PATHS))}; give a value or leave it '
+            "out"
         )
 
 

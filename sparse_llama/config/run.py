@@ -110,8 +110,7 @@ def load_run(path: Path | None, overrides: Overrides, world_size: int, *, is_mai
         path: of the JSON document; None is the embedded demo.
         world_size: processes of the job, which the batch sizes depend on.
         is_main: whether this is rank 0, which alone may look at the output folder: by the time that others
-        look, it may
-            have begun to write there.
+            look, it may have begun to write there.
 
     Raises:
         ConfigError: in one line, what is wrong with the document, the flags, or both together.

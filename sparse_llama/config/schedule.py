@@ -206,8 +206,8 @@ def make_schedule(block: dict[str, Any] | None, lr: float) -> Schedule | None:
         peak = lr if params.warmup_max_lr in (AUTO, None) else params.warmup_max_lr
         if params.warmup_min_lr > peak:
             raise ConfigError(
-                f"scheduler.params.warmup_min_lr: {params.warmup_min_lr} is above the peak, {peak}; the
-                warm-up would fall"
+                f"scheduler.params.warmup_min_lr: {params.warmup_min_lr} is above the peak, {peak}; the "
+                "warm-up would fall"
             )
         total = params.total_num_steps if isinstance(params, WarmupDecayLR) else AUTO
         return Schedule(

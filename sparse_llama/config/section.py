@@ -40,7 +40,7 @@ class Section(BaseModel):
 
         Args:
             path: where the block stands in the document, such as ``sparse_llama``; empty for the document
-            itself.
+                itself.
 
         Raises:
             ConfigError: in one line, which key is wrong, what was found, and what is allowed.

@@ -69,8 +69,9 @@ class FixedSparsity(_PerHead):
             )
         if patterns > local // in_window:
             raise ValueError(
-                f"num_different_global_patterns ({patterns}) must be at most num_local_blocks /
-                num_global_blocks " f"({local} / {in_window} = {local // in_window})"
+                f"num_different_global_patterns ({patterns}) must be at most num_local_blocks / "
+                "num_global_blocks "
+                f"({local} / {in_window} = {local // in_window})"
             )
         return self
 
@@ -190,8 +191,8 @@ def _check_ranges(starts: tuple[int, ...], ends: tuple[int, ...] | None) -> None
         return
     if len(starts) != len(ends):
         raise ValueError(
-            f"global_block_indices ({len(starts)} of them) and global_block_end_indices ({len(ends)}) must be
-            equally many"
+            f"global_block_indices ({len(starts)} of them) and global_block_end_indices ({len(ends)}) must "
+            "be equally many"
         )
     for start, end in zip(starts, ends, strict=True):
         if start >= end:

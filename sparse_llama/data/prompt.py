@@ -1,9 +1,9 @@
 """The instruction template: what stands before the response, as text.
 
 The wording is Stanford Alpaca's, which LLaMA-Adapter was trained with (OpenGVLab/LLaMA-Adapter,
-alpaca_finetuning_v1), so adapters meet the same prompt here and there. One departure: the template ends with a
-newline after ``### Response:``, so that the first token of the response never merges with the colon and the ids of
-the prompt are always a prefix of the ids of prompt and response together.
+alpaca_finetuning_v1), so adapters meet the same prompt here and there. One departure: the template ends with
+a newline after ``### Response:``, so that the first token of the response never merges with the colon and the
+ids of the prompt are always a prefix of the ids of prompt and response together.
 """
 
 _REQUEST = "Write a response that appropriately completes the request."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

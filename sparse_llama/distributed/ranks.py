@@ -1,7 +1,7 @@
 """Who this process is among the launcher's processes, and the few collectives that the project needs.
 
-The launcher (``deepspeed``, ``torchrun``) sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Without it a command runs as
-the only process of a job of one, on a port that the kernel picks.
+The launcher (``deepspeed``, ``torchrun``) sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Without it a
+command runs as the only process of a job of one, on a port that the kernel picks.
 """
 
 import os
@@ -47,7 +47,9 @@ def initialize() -> None:
     else:
         torch.cuda.set_device(device())
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
     import deepspeed  # takes 2 s: only when a process group is needed
 
     deepspeed.init_distributed(verbose=False)
@@ -66,7 +68,8 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of ``tensor`` over all processes, as a new tensor; the tensor itself with one process."""
+    """Return the sum of ``tensor`` over all processes, as a new tensor; the tensor itself with one
+    process."""
     if not dist.is_initialized() or world_size() == 1:
         return tensor
     total = tensor.clone()

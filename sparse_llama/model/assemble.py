@@ -1,6 +1,7 @@
 """A model ready to train or to use, its parts put together in the one order that is right.
 
-Base, then attention, then adapters, then checkpointing: the adapters take over the attention they find, and checkpointing
+Base, then attention, then adapters, then checkpointing: the adapters take over the attention they find, and
+    checkpointing
 starts at the lowest layer that the adapters left to train.
 """
 
@@ -59,7 +60,8 @@ def assemble(
     checkpointing: ActivationCheckpointing | None = None,
     zero3_config: dict[str, Any] | None = None,
 ) -> Assembled:
-    """Return the adapted model of a run, untrained; see ``load_llama`` for ``zero3_config`` and what is raised."""
+    """Return the adapted model of a run, untrained; see ``load_llama`` for ``zero3_config`` and what is
+    raised."""
     loaded = load_llama(
         settings.model.path,
         dtype=dtype,
@@ -95,10 +97,12 @@ def open_model(
 
     Args:
         model: hub id, folder or ``bundled:NAME``; None is the base that the adapter names.
-        dtype: None is what the adapter's run computed in; without an adapter, what the model's config.json names.
+        dtype: None is what the adapter's run computed in; without an adapter, what the model's config.json
+            names.
 
     Raises:
-        ModelError: there is no such model, or it brings code that is not ours and ``trust_remote_code`` is off.
+        ModelError: there is no such model, or it brings code that is not ours and ``trust_remote_code`` is
+            off.
         CheckpointError: the adapter is damaged or belongs to another base.
     """
     if adapter is not None:
@@ -112,7 +116,11 @@ def open_model(
         return _open_with_code(model, folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     llama = load_llama(str(folder), dtype=dtype, device=device).model
     plan = plan_attention(
-        None, num_heads=llama.config.num_attention_heads, master_length=_positions(llama), seed=0, backend="auto"
+        None,
+        num_heads=llama.config.num_attention_heads,
+        master_length=_positions(llama),
+        seed=0,
+        backend="auto",
     )
     attach_attention(llama, plan)
     llama.requires_grad_(False)
@@ -131,7 +139,12 @@ def is_own_modelling_code(folder: Path) -> bool:
 
 
 def _open_adapted(
-    model: str | None, adapter: Path, *, revision: str | None, dtype: torch.dtype | None, device: torch.device | str
+    model: str | None,
+    adapter: Path,
+    *,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
 ) -> OpenedModel:
     file, tensors = load_adapter(adapter)
     base = model or file.base_model.path
@@ -150,7 +163,9 @@ def _open_adapted(
     attach_adapters(loaded.model, file.adapter, seed=file.seed)
     apply_adapter(loaded.model, tensors, source=str(adapter))
     loaded.model.eval()
-    return OpenedModel(loaded.model, load_tokenizer(loaded.folder), file, f"{base} + {adapter}", loaded.folder)
+    return OpenedModel(
+        loaded.model, load_tokenizer(loaded.folder), file, f"{base} + {adapter}", loaded.folder
+    )
 
 
 def _open_with_code(
@@ -158,12 +173,15 @@ def _open_with_code(
 ) -> OpenedModel:
     if not trust_remote_code and not is_own_modelling_code(folder):
         raise ModelError(
-            f"{model}: brings modelling code (auto_map in config.json) that is not what this version of sparse-llama ships; "
+            f"{model}: brings modelling code (auto_map in config.json) that is not what this version of "
+            "sparse-llama ships; "
             "read it, then allow it with --trust_remote_code"
         )
     from transformers import AutoModelForCausalLM
 
-    opened = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).to(device).eval()
+    opened = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).to(device).eval()
+    )
     opened.requires_grad_(False)
     return OpenedModel(opened, load_tokenizer(folder), None, f"{model} (exported)", folder)
 

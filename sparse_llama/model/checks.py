@@ -19,10 +19,14 @@ def check_logits(logits: torch.Tensor, *, source: str, random_weights: bool = Fa
         return
     spread = logits.detach().float().std(dim=-1).max()
     if not torch.isfinite(logits).all():
-        raise ModelError(f"{source}: the base model's logits are not finite; the weights are damaged or the dtype overflows")
+        raise ModelError(
+            f"{source}: the base model's logits are not finite; the weights are damaged or the dtype "
+            "overflows"
+        )
     if spread < CONSTANT_LOGITS_STD:
         raise ModelError(
-            f"{source}: constant logits (largest standard deviation over the vocabulary {float(spread):.1e}); the weights "
+            f"{source}: constant logits (largest standard deviation over the vocabulary "
+            f"{float(spread):.1e}); the weights "
             "were most likely not loaded: check that the checkpoint holds this model"
         )
 
@@ -37,6 +41,8 @@ def check_first_loss(loss: float, *, vocab_size: int, source: str, random_weight
     if random_weights or loss <= limit:  # NaN is not <= anything
         return
     raise ModelError(
-        f"{source}: the first loss is {loss:.3f}, above {LOSS_FRACTION} ln V = {limit:.3f}, where guessing gives "
-        f"{math.log(vocab_size):.3f}; the weights were most likely not loaded, or the tokenizer is of another model"
+        f"{source}: the first loss is {loss:.3f}, above {LOSS_FRACTION} ln V = {limit:.3f}, where guessing "
+        "gives "
+        f"{math.log(vocab_size):.3f}; the weights were most likely not loaded, or the tokenizer is of "
+        "another model"
     )

@@ -1,6 +1,7 @@
 """Where a base model's files are, and its tensors one shard at a time.
 
-Two formats: ``safetensors``, and ``.bin`` shards read with ``weights_only=True``. Both are memory-mapped, so a tensor costs
+Two formats: ``safetensors``, and ``.bin`` shards read with ``weights_only=True``. Both are memory-mapped, so
+    a tensor costs
 host memory only while it is copied.
 """
 
@@ -19,11 +20,21 @@ from sparse_llama.errors import ModelError
 _SAFETENSORS, _BIN = "safetensors", "bin"
 _SMALL_FILES = ["*.json", "*.model", "*.py", "*.txt", "*.jinja"]
 # Meta's own shards and other frameworks' copies of the same weights
-_NOT_OURS = ["original/*", "consolidated*", "*.gguf", "*.onnx", "onnx/*", "*.msgpack", "*.h5", "training_args.bin"]
+_NOT_OURS = [
+    "original/*",
+    "consolidated*",
+    "*.gguf",
+    "*.onnx",
+    "onnx/*",
+    "*.msgpack",
+    "*.h5",
+    "training_args.bin",
+]
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """Return the local folder of ``bundled:NAME``, of a folder, or of a hub id, which is downloaded if it is not cached.
+    """Return the local folder of ``bundled:NAME``, of a folder, or of a hub id, which is downloaded if it is
+    not cached.
 
     Raises:
         ModelError: there is no such folder, or the hub cannot be reached or has no such model.
@@ -31,18 +42,23 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if model.startswith("bundled:"):
         bundled = resolve_bundled(model)
         if bundled is None or not bundled.is_dir():
-            raise ModelError(f"sparse_llama.model.path: no bundled model {model!r}; there is bundled:tiny-llama")
+            raise ModelError(
+                f"sparse_llama.model.path: no bundled model {model!r}; there is bundled:tiny-llama"
+            )
         return bundled
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise ModelError(f"{model}: no such folder; give a local folder, a hub id (owner/name) or bundled:tiny-llama")
+        raise ModelError(
+            f"{model}: no such folder; give a local folder, a hub id (owner/name) or bundled:tiny-llama"
+        )
     return _download(model, revision)
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and the memory-mapped tensor of everything in ``folder``'s checkpoint, one shard after the other.
+    """Yield the name and the memory-mapped tensor of everything in ``folder``'s checkpoint, one shard after
+    the other.
 
     The order is the same on every rank: shards by name, tensors in the order of their file.
 
@@ -60,7 +76,9 @@ def _download(model: str, revision: str | None) -> Path:
     def fetch(pattern: str) -> Path:
         # tensors of one format only: many models are on the hub in both, 13 GB each
         patterns = [*_SMALL_FILES, pattern]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_OURS))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_OURS)
+        )
 
     try:
         folder = fetch("*.safetensors")
@@ -68,7 +86,8 @@ def _download(model: str, revision: str | None) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
         reason = str(error).strip().split("\n", 1)[0]
         raise ModelError(
-            f"{model}: not a local folder, and not available from the hub ({type(error).__name__}: {reason}); "
+            f"{model}: not a local folder, and not available from the hub ({type(error).__name__}: "
+            f"{reason}); "
             "check the name and the network, or give a local folder"
         ) from error
 
@@ -81,7 +100,8 @@ def _shards(folder: Path) -> tuple[str, list[Path]]:
         if index.is_file():
             return kind, _indexed(folder, index)
     raise ModelError(
-        f"{folder}: no weights; expected model.safetensors, pytorch_model.bin, or shards with their .index.json"
+        f"{folder}: no weights; expected model.safetensors, pytorch_model.bin, or shards with their "
+        ".index.json"
     )
 
 
@@ -93,7 +113,8 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: {len(missing)} of {len(names)} shards are missing (first {missing[0]}); finish the download"
+            f"{folder}: {len(missing)} of {len(names)} shards are missing (first {missing[0]}); finish the "
+            "download"
         )
     return [folder / name for name in names]
 
@@ -114,12 +135,15 @@ def _read_bin(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         reason = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"{path}: not a complete file of tensors ({reason}); download it again") from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
-        raise ModelError(f"{path}: holds a {type(tensors).__name__} that is not a table of tensors; expected a state dict")
+        raise ModelError(
+            f"{path}: holds a {type(tensors).__name__} that is not a table of tensors; expected a state dict"
+        )
     yield from tensors.items()
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    # torch's format before 1.6 is no zip archive and cannot be mapped: that one shard is in memory while it is read
+    # torch's format before 1.6 is no zip archive and cannot be mapped: that one shard is in memory while it
+    # is read
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

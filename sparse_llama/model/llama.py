@@ -1,7 +1,10 @@
-"""A LLaMA from its files, strictly: every tensor of the model is in the checkpoint, and every tensor of the checkpoint in it.
+"""A LLaMA from its files, strictly: every tensor of the model is in the checkpoint, and every tensor of the
+checkpoint in it.
 
-A base that is not loaded trains without an error: its loss falls from 0.9 ln V or more, and its perplexity is V. So a
-missing, unexpected or misshapen tensor ends the run here, and ``model/checks.py`` looks at the first logits and loss.
+A base that is not loaded trains without an error: its loss falls from 0.9 ln V or more, and its perplexity is
+    V. So a
+missing, unexpected or misshapen tensor ends the run here, and ``model/checks.py`` looks at the first logits
+and loss.
 """
 
 import json
@@ -21,7 +24,9 @@ from sparse_llama.errors import ModelError
 from sparse_llama.model.files import checkpoint_tensors, resolve_model
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_HARMLESS = "rotary_emb.inv_freq"  # a buffer that older transformers saved; it is computed from the configuration
+_HARMLESS = (
+    "rotary_emb.inv_freq"  # a buffer that older transformers saved; it is computed from the configuration
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,14 @@ def load_llama(
     seed: int = 42,
     zero3_config: dict[str, Any] | None = None,
 ) -> LoadedLlama:
-    """Return the LLaMA at ``path`` in ``dtype`` on ``device``, every tensor cast as it is copied from its mapped file.
+    """Return the LLaMA at ``path`` in ``dtype`` on ``device``, every tensor cast as it is copied from its
+    mapped file.
 
     Args:
-        random_weights: draw the weights as transformers initialises a new model; only the configuration is read.
-        zero3_config: DeepSpeed's configuration at ZeRO stage 3. The model is then made in partitions: rank 0 reads each
-            tensor and every rank keeps its part, so no process holds the model whole.
+        random_weights: draw the weights as transformers initialises a new model; only the configuration is
+            read.
+        zero3_config: DeepSpeed's configuration at ZeRO stage 3. The model is then made in partitions: rank 0
+            reads each tensor and every rank keeps its part, so no process holds the model whole.
 
     Raises:
         ModelError: not a LLaMA, or the checkpoint and the model do not have the same tensors.
@@ -69,10 +76,13 @@ def read_config(folder: Path) -> LlamaConfig:
     document = read_config_json(folder)
     if document.get("model_type") != "llama":
         raise ModelError(
-            f'{folder / "config.json"}: model_type is {document.get("model_type")!r}; only "llama" can be adapted'
+            f'{folder / "config.json"}: model_type is {document.get("model_type")!r}; only "llama" can be '
+            "adapted"
         )
     if document.get("quantization_config"):
-        raise ModelError(f"{folder / 'config.json'}: the weights are quantized; give the model they were quantized from")
+        raise ModelError(
+            f"{folder / 'config.json'}: the weights are quantized; give the model they were quantized from"
+        )
     return LlamaConfig.from_dict(document)
 
 
@@ -82,7 +92,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no config.json; a model folder holds config.json, weights and a tokenizer") from error
+        raise ModelError(
+            f"{folder}: no config.json; a model folder holds config.json, weights and a tokenizer"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: not JSON ({error})") from error
     if not isinstance(document, dict):
@@ -94,15 +106,17 @@ def _construct(
     config: LlamaConfig, *, dtype: torch.dtype, device: torch.device, zero3_config: dict[str, Any] | None
 ) -> LlamaForCausalLM:
     """Return the model with parameters that have a place but no values yet."""
-    making: AbstractContextManager[Any] = torch.device("meta") if zero3_config is None else _partitioning(zero3_config, dtype)
+    making: AbstractContextManager[Any] = (
+        torch.device("meta") if zero3_config is None else _partitioning(zero3_config, dtype)
+    )
     with making:
         model = LlamaForCausalLM(config)
     if zero3_config is None:
         model.to(dtype)
         model.to_empty(device=device)
         model.tie_weights()  # leaving the meta device makes new parameters, and two of a tied one
-    # Made again outside: on the meta device it has no values, and in zero.Init its frequencies would be cast to bf16, which
-    # turns positions by up to 0.4%: 4 radians at token 1,000.
+    # Made again outside: on the meta device it has no values, and in zero.Init its frequencies would be cast
+    # to bf16, which turns positions by up to 0.4%: 4 radians at token 1,000.
     model.model.rotary_emb = LlamaRotaryEmbedding(config=config).to(device)
     return model.eval()
 
@@ -110,16 +124,19 @@ def _construct(
 def _partitioning(zero3_config: dict[str, Any], dtype: torch.dtype) -> AbstractContextManager[Any]:
     import deepspeed  # takes 2 s, and only stage 3 needs it
 
-    # Its own ``dtype`` argument turns fp32 into bf16 on devices without fp16 (DeepSpeed 0.19.8, ``_set_dtype``: the
-    # conditional binds looser than ``or``); the configuration's precision is honoured.
+    # Its own ``dtype`` argument turns fp32 into bf16 on devices without fp16 (DeepSpeed 0.19.8,
+    # ``_set_dtype``: the conditional binds looser than ``or``); the configuration's precision is honoured.
     context = deepspeed.zero.Init(config_dict_or_path=zero3_config)
-    assert context.dtype == dtype, f"the DeepSpeed configuration computes in {context.dtype}, the run in {dtype}"
+    assert context.dtype == dtype, (
+        f"the DeepSpeed configuration computes in {context.dtype}, the run in {dtype}"
+    )
     return context
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], *, source: Path) -> None:
-    """Copy ``tensors`` into the parameters of the same names; raise ModelError unless they are the same set."""
+    """Copy ``tensors`` into the parameters of the same names; raise ModelError unless they are the same
+    set."""
     parameters = dict(model.named_parameters())  # a tied weight once, under its first name
     wanted = set(parameters)
     unexpected: list[str] = []
@@ -134,7 +151,8 @@ def _fill(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], *, sour
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if tensor.shape != shape:
             raise ModelError(
-                f"{source}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}; they are of two models"
+                f"{source}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}; they are "
+                "of two models"
             )
         with _whole(parameter):
             if not hasattr(parameter, "ds_id") or is_main():
@@ -153,7 +171,8 @@ def _fill(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], *, sour
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """Return the context in which a ZeRO-3 parameter is whole, and after which rank 0's values are everyone's."""
+    """Return the context in which a ZeRO-3 parameter is whole, and after which rank 0's values are
+    everyone's."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
@@ -164,7 +183,8 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
 def _without_known_extras(
     tensors: Iterator[tuple[str, torch.Tensor]], config: LlamaConfig, folder: Path
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ``tensors`` without rotary frequencies and without the head of a model whose embedding is its head."""
+    """Yield ``tensors`` without rotary frequencies and without the head of a model whose embedding is its
+    head."""
     tied: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         if config.tie_word_embeddings and name in (_EMBEDDING, _HEAD):
@@ -180,7 +200,8 @@ def _without_known_extras(
 
 
 def _random_tensors(model: LlamaForCausalLM, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a new model's weights: matrices normal with ``initializer_range``, norms one, biases zero, as transformers'.
+    """Yield a new model's weights: matrices normal with ``initializer_range``, norms one, biases zero, as
+    transformers'.
 
     One generator in the model's order, so that every rank, ZeRO stage and device has the same.
     """

@@ -1,6 +1,7 @@
 """The training loss: cross entropy of the next token over labelled tokens, as a sum.
 
-A sum, because the mean over a micro-batch would weigh the tokens of a short one more: the engine divides by the global count.
+A sum, because the mean over a micro-batch would weigh the tokens of a short one more: the engine divides by
+the global count.
 """
 
 import torch
@@ -18,14 +19,19 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.llama = llama
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the 0-dim fp32 sum of the cross entropy; 0 with a graph and zero gradients where nothing is labelled.
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the 0-dim fp32 sum of the cross entropy; 0 with a graph and zero gradients where nothing is
+        labelled.
 
         Args:
-            input_ids, position_ids, labels: (B, T). Labels are not shifted: token t predicts label t + 1 of its row, and a
-                document's first label is -100, so nothing is predicted across documents.
+            input_ids, position_ids, labels: (B, T). Labels are not shifted: token t predicts label t + 1 of
+                its row, and a document's first label is -100, so nothing is predicted across documents.
         """
-        hidden = self.llama.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = self.llama.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         targets = labels[:, 1:]
         is_labelled = targets != IGNORED
         # 3 x 4V bytes per row: with V = 32,000 a prompt token's logits would cost 47 times its hidden state

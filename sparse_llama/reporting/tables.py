@@ -18,7 +18,9 @@ def show_table(title: str, rows: Iterable[tuple[str, str]], console: Console | N
     (console or Console()).print(table)
 
 
-def show_columns(title: str, header: list[str], rows: Iterable[list[str]], console: Console | None = None) -> None:
+def show_columns(
+    title: str, header: list[str], rows: Iterable[list[str]], console: Console | None = None
+) -> None:
     """Print a table with a header line."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in header:

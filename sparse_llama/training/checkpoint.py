@@ -1,9 +1,10 @@
-"""Checkpoints of a run: the trainable tensors, the optimizer, the random state and the position; megabytes, no pickle.
+"""Checkpoints of a run: the trainable tensors, the optimizer, the random state and the position; megabytes,
+no pickle.
 
 ``checkpoints/step_000123/`` holds an adapter folder (``adapter.safetensors`` with the fp32 masters and
-``adapter_config.json``, so every checkpoint can be evaluated and exported as it is), ``optimizer.safetensors`` with the
-moments, and ``state.json``. Masters and moments are whole tensors: a checkpoint fits any ZeRO stage and number of
-ranks. A folder appears under its name only when it is complete.
+``adapter_config.json``, so every checkpoint can be evaluated and exported as it is),
+``optimizer.safetensors`` with the moments, and ``state.json``. Masters and moments are whole tensors: a
+checkpoint fits any ZeRO stage and number of ranks. A folder appears under its name only when it is complete.
 """
 
 import json
@@ -40,7 +41,9 @@ class Position:
     labelled_tokens: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
-    before: dict[str, Any] | None = None  # validation before training, so that a resumed run can still compare
+    before: dict[str, Any] | None = (
+        None  # validation before training, so that a resumed run can still compare
+    )
 
 
 def save_checkpoint(
@@ -59,7 +62,11 @@ def save_checkpoint(
         if torch.cuda.is_available():
             random_state["random_state/cuda"] = torch.cuda.get_rng_state()
         save_file(moments | random_state, unfinished / "optimizer.safetensors")
-        state = {"format_version": _FORMAT_VERSION, "optimizer_updates": updates, "position": asdict(position)}
+        state = {
+            "format_version": _FORMAT_VERSION,
+            "optimizer_updates": updates,
+            "position": asdict(position),
+        }
         (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
@@ -98,7 +105,8 @@ def load_checkpoint(folder: Path, engine: Any, parameters: dict[str, nn.Paramete
 
 
 def find_checkpoint(folder: Path, resume: Literal["auto"] | Path) -> Path:
-    """Return the checkpoint that ``--resume`` means: the newest in ``folder`` for ``auto``, else the named one.
+    """Return the checkpoint that ``--resume`` means: the newest in ``folder`` for ``auto``, else the named
+    one.
 
     Raises:
         CheckpointError: there is none.
@@ -106,12 +114,15 @@ def find_checkpoint(folder: Path, resume: Literal["auto"] | Path) -> Path:
     if resume != "auto":
         if not (resume / "state.json").is_file():
             raise CheckpointError(
-                f"--resume {resume}: no checkpoint there (no state.json); name a step_NNNNNN folder, or use --resume alone"
+                f"--resume {resume}: no checkpoint there (no state.json); name a step_NNNNNN folder, or use "
+                "--resume alone"
             )
         return resume
     steps = list_checkpoints(folder)
     if not steps:
-        raise CheckpointError(f"--resume: no checkpoint under {folder}; start anew without --resume, with --overwrite")
+        raise CheckpointError(
+            f"--resume: no checkpoint under {folder}; start anew without --resume, with --overwrite"
+        )
     return steps[-1]
 
 
@@ -127,12 +138,17 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
             shutil.rmtree(path)
 
 
-def _check_tensors(folder: Path, masters: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    wanted = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
+def _check_tensors(
+    folder: Path, masters: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]
+) -> None:
+    wanted = {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()
+    }
     found = {name: tuple(tensor.shape) for name, tensor in masters.items()}
     if wanted != found:
         name = sorted(wanted.items() ^ found.items())[0][0]
         raise CheckpointError(
-            f"{folder}: {name} is {found.get(name, 'missing')} here and {wanted.get(name, 'missing')} in this run; "
+            f"{folder}: {name} is {found.get(name, 'missing')} here and {wanted.get(name, 'missing')} in "
+            "this run; "
             "resume with the configuration that wrote the checkpoint"
         )

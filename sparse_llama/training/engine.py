@@ -1,4 +1,5 @@
-"""The DeepSpeed engine of a run: optimizer groups, schedule, one optimizer step over token-weighted micro-batches."""
+"""The DeepSpeed engine of a run: optimizer groups, schedule, one optimizer step over token-weighted
+micro-batches."""
 
 import copy
 import logging
@@ -22,7 +23,8 @@ MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
 def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Schedule | None) -> Any:
     """Return ``deepspeed.initialize``'s engine around ``objective``, which holds ``llama``.
 
-    Only the adapter's parameters are given to the optimizer: the frozen base has no gradients and no optimizer state.
+    Only the adapter's parameters are given to the optimizer: the frozen base has no gradients and no
+    optimizer state.
     """
     import deepspeed
 
@@ -31,9 +33,13 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
     for block in MONITOR_BLOCKS:  # ours to drive: training/metrics.py says why
         config.pop(block, None)
     parameters = config["optimizer"]["params"]
-    if run.offload != "cpu" and run.offload != "nvme" and config["optimizer"]["type"].lower() in ("adam", "adamw"):
-        # Adapters are a thousandth of the model: torch's own AdamW costs nothing beside the model's matrix products
-        # and needs no compiler; DeepSpeed's fused one is built from source at first use.
+    if (
+        run.offload != "cpu"
+        and run.offload != "nvme"
+        and config["optimizer"]["type"].lower() in ("adam", "adamw")
+    ):
+        # Adapters are a thousandth of the model: torch's own AdamW costs nothing beside the model's matrix
+        # products and needs no compiler; DeepSpeed's fused one is built from source at first use.
         parameters.setdefault("torch_adam", True)
     groups = parameter_groups(llama, weight_decay=parameters.get("weight_decay", 0.0))
     engine, *_ = deepspeed.initialize(
@@ -57,10 +63,13 @@ def quiet_libraries() -> None:
 def optimizer_step(engine: Any, micro_batches: list[Batch]) -> tuple[float, int]:
     """Make one optimizer step; return the loss summed over the labelled tokens of all ranks, and their count.
 
-    Every labelled token of the global batch weighs the same, whichever micro-batch or rank it is in: DeepSpeed
-    averages over micro-batches and ranks, so each micro-batch's *sum* is multiplied by their number over the count.
+    Every labelled token of the global batch weighs the same, whichever micro-batch or rank it is in:
+    DeepSpeed averages over micro-batches and ranks, so each micro-batch's *sum* is multiplied by their number
+    over the count.
     """
-    count = torch.tensor(sum(batch.num_labelled for batch in micro_batches), dtype=torch.int64, device=device())
+    count = torch.tensor(
+        sum(batch.num_labelled for batch in micro_batches), dtype=torch.int64, device=device()
+    )
     total = int(all_reduce_sum(count))
     weight = len(micro_batches) * world_size() / max(total, 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device())
@@ -73,14 +82,18 @@ def optimizer_step(engine: Any, micro_batches: list[Batch]) -> tuple[float, int]
 
 
 def gradient_norm(engine: Any) -> float:
-    """Return the global gradient norm of the last step, before clipping; NaN where DeepSpeed does not compute it."""
+    """Return the global gradient norm of the last step, before clipping; NaN where DeepSpeed does not compute
+    it."""
     norm = engine.get_global_grad_norm()
     return math.nan if norm is None else float(norm)
 
 
 def _scheduler_factory(schedule: Schedule, base_lr: float) -> Any:
     def make(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        # The scheduler counts finished steps from 0, the schedule steps from 1: the first step's lr is never 0.
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: learning_rate(schedule, done + 1) / base_lr)
+        # The scheduler counts finished steps from 0, the schedule steps from 1: the first step's lr is never
+        # 0.
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: learning_rate(schedule, done + 1) / base_lr
+        )
 
     return make

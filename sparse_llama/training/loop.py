@@ -3,7 +3,6 @@
 import shutil
 import time
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +18,14 @@ from sparse_llama.training.checkpoint import (
     save_checkpoint,
 )
 from sparse_llama.training.engine import MONITOR_BLOCKS, gradient_norm, optimizer_step
-from sparse_llama.training.metrics import Clock, MetricsFile, Monitors, StepMetrics, peak_memory_bytes, write_json
+from sparse_llama.training.metrics import (
+    Clock,
+    MetricsFile,
+    Monitors,
+    StepMetrics,
+    peak_memory_bytes,
+    write_json,
+)
 from sparse_llama.training.progress import TrainingProgress
 from sparse_llama.training.session import Session, prepare
 from sparse_llama.training.validation import Validation, validate
@@ -48,7 +54,9 @@ def _train(session: Session, position: Position, console: Console) -> Validation
     run, engine = session.run, session.engine
     training = run.settings.training
     metrics_file = MetricsFile(run.output_dir / "metrics.jsonl", position.step) if ranks.is_main() else None
-    monitors = Monitors({name: run.deepspeed[name] for name in MONITOR_BLOCKS if name in run.deepspeed}, run.output_dir)
+    monitors = Monitors(
+        {name: run.deepspeed[name] for name in MONITOR_BLOCKS if name in run.deepspeed}, run.output_dir
+    )
     clock = Clock(position.elapsed_s)
     validation = None
     engine.train()
@@ -81,7 +89,9 @@ def _train(session: Session, position: Position, console: Console) -> Validation
             )
             if metrics_file is not None:
                 metrics_file.append(metrics)
-            monitors.write(step, {"train/loss": metrics.loss, "train/lr": lr, "train/grad_norm": metrics.grad_norm})
+            monitors.write(
+                step, {"train/loss": metrics.loss, "train/lr": lr, "train/grad_norm": metrics.grad_norm}
+            )
             progress.update(metrics)
 
             validation = None
@@ -161,5 +171,3 @@ def _check_base(session: Session, loss: float) -> None:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-

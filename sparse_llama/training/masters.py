@@ -1,14 +1,15 @@
 """The fp32 masters and optimizer moments of a DeepSpeed engine, by parameter name, whatever its ZeRO stage.
 
 DeepSpeed keeps them in four shapes: as the parameters themselves (fp32, stage 0), as a list beside them (bf16
-or fp16, stage 0), as each rank's slice of one flat buffer per parameter group (stages 1 and 2), and as each rank's slice of each
-parameter (stage 3). Here every shape is seen as *fragments*: 1-D views of the master and of its moments that start
-somewhere in the flattened parameter. Reading adds the ranks' fragments up, writing copies slices into them, so a
-checkpoint written at one stage and number of ranks continues at any other.
+or fp16, stage 0), as each rank's slice of one flat buffer per parameter group (stages 1 and 2), and as each
+rank's slice of each parameter (stage 3). Here every shape is seen as *fragments*: 1-D views of the master and
+of its moments that start somewhere in the flattened parameter. Reading adds the ranks' fragments up, writing
+copies slices into them, so a checkpoint written at one stage and number of ranks continues at any other.
 
-``deepspeed.utils.safe_get_full_optimizer_state`` is not used for stages 1 and 2: with more than one parameter group it
-links the moments after the first group's first step, when the other groups have none yet, and raises ``exp_avg not
-found`` ever after (DeepSpeed 0.19.8, ``stage_1_and_2.py``, ``_lazy_init_hp_params_optimizer_state``).
+``deepspeed.utils.safe_get_full_optimizer_state`` is not used for stages 1 and 2: with more than one parameter
+group it links the moments after the first group's first step, when the other groups have none yet, and raises
+``exp_avg not found`` ever after (DeepSpeed 0.19.8, ``stage_1_and_2.py``,
+``_lazy_init_hp_params_optimizer_state``).
 
 DeepSpeed's optimizer wrappers have no types; ``Any`` stands for them.
 """
@@ -47,14 +48,17 @@ def read_masters(engine: Any, parameters: dict[str, nn.Parameter]) -> dict[str, 
 
 
 def read_moments(engine: Any, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the optimizer's moments as ``{moment/name: tensor}``; empty before the first step; every rank must call it."""
+    """Return the optimizer's moments as ``{moment/name: tensor}``; empty before the first step; every rank
+    must call it."""
     state = _optimizer(engine).state
     fragments = dict(_fragments(engine, parameters))
     moments: dict[str, torch.Tensor] = {}
     for key in _moment_keys(engine):
         for name, parameter in parameters.items():
             moments[f"{key}/{name}"] = _gather(
-                parameter, fragments.get(name), lambda fragment, key=key: fragment.of(state[fragment.flat][key])
+                parameter,
+                fragments.get(name),
+                lambda fragment, key=key: fragment.of(state[fragment.flat][key]),
             )
     return moments
 
@@ -78,7 +82,8 @@ def write_masters(engine: Any, parameters: dict[str, nn.Parameter], masters: dic
 def write_moments(
     engine: Any, parameters: dict[str, nn.Parameter], moments: dict[str, torch.Tensor], step: int
 ) -> None:
-    """Copy ``{moment/name: tensor}`` and the update count into this rank's optimizer, as if it had made the steps."""
+    """Copy ``{moment/name: tensor}`` and the update count into this rank's optimizer, as if it had made the
+    steps."""
     optimizer = _optimizer(engine)
     keys = sorted({key.split("/", 1)[0] for key in moments})
     optimizer.state.clear()
@@ -90,14 +95,17 @@ def write_moments(
     for name, fragment in _fragments(engine, parameters):
         for key in keys:
             whole = moments[f"{key}/{name}"].reshape(-1)
-            fragment.of(optimizer.state[fragment.flat][key]).copy_(whole.narrow(0, fragment.start, fragment.numel))
+            fragment.of(optimizer.state[fragment.flat][key]).copy_(
+                whole.narrow(0, fragment.start, fragment.numel)
+            )
 
 
 def forget_warm_start(engine: Any) -> None:
     """Undo the zero-gradient step with which DeepSpeed's stage-0 bf16 and fp16 optimizer allocates its state.
 
-    That step counts in Adam's bias correction and applies weight decay once before training (``unfused_optimizer.py``,
-    ``initialize_optimizer_states``), so stage 0 would follow another curve than the stages that do without it.
+    That step counts in Adam's bias correction and applies weight decay once before training
+    (``unfused_optimizer.py``, ``initialize_optimizer_states``), so stage 0 would follow another curve than
+    the stages that do without it.
     """
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups"):
@@ -122,7 +130,14 @@ def _groups(engine: Any) -> list[torch.Tensor]:
 
 def _moment_keys(engine: Any) -> list[str]:
     entries = _optimizer(engine).state.values()
-    return sorted({key for entry in entries for key, value in entry.items() if torch.is_tensor(value) and value.dim() > 0})
+    return sorted(
+        {
+            key
+            for entry in entries
+            for key, value in entry.items()
+            if torch.is_tensor(value) and value.dim() > 0
+        }
+    )
 
 
 def _fragments(engine: Any, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, Fragment]]:
@@ -177,7 +192,8 @@ def _stage3_fragment(wrapper: Any, parameter: nn.Parameter) -> Fragment | None:
 def _gather(parameter: nn.Parameter, fragment: Fragment | None, part: Any) -> torch.Tensor:
     shape = getattr(parameter, "ds_shape", parameter.shape)
     whole = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-    # Stage 0 holds every parameter whole on every rank: one rank contributes, or the sum would count it once per rank.
+    # Stage 0 holds every parameter whole on every rank: one rank contributes, or the sum would count it once
+    # per rank.
     is_replica = fragment is not None and fragment.numel == whole.numel() and not _is_sliced(parameter)
     if fragment is not None and (not is_replica or rank() == 0 or world_size() == 1):
         whole.view(-1).narrow(0, fragment.start, fragment.numel).copy_(part(fragment))

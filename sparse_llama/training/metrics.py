@@ -19,7 +19,8 @@ from sparse_llama.distributed.ranks import device
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. ``tokens`` counts labelled tokens, ``tokens_per_s`` all tokens that went through the model."""
+    """One optimizer step. ``tokens`` counts labelled tokens, ``tokens_per_s`` all tokens that went through
+    the model."""
 
     step: int
     loss: float
@@ -49,8 +50,8 @@ class MetricsFile:
 class Monitors:
     """DeepSpeed's monitors (TensorBoard, W&B, CSV, Comet), fed per optimizer step.
 
-    The engine's own events count samples and log the scaled loss of one micro-batch, so the monitor blocks are kept
-    from the engine and the same classes are driven from here.
+    The engine's own events count samples and log the scaled loss of one micro-batch, so the monitor blocks
+    are kept from the engine and the same classes are driven from here.
     """
 
     def __init__(self, blocks: dict[str, Any], output_dir: Path) -> None:
@@ -70,7 +71,8 @@ class Monitors:
 
 
 class Clock:
-    """Seconds of training, without validation; continues from the seconds of earlier sessions of a resumed run."""
+    """Seconds of training, without validation; continues from the seconds of earlier sessions of a resumed
+    run."""
 
     def __init__(self, elapsed_s: float = 0.0) -> None:
         self._before_s = elapsed_s
@@ -92,7 +94,8 @@ class Clock:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Return the peak bytes of this process: ``host`` (resident set) and ``gpu`` (allocated; 0 without one)."""
+    """Return the peak bytes of this process: ``host`` (resident set) and ``gpu`` (allocated; 0 without
+    one)."""
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     gpu = torch.cuda.max_memory_allocated() if device().type == "cuda" else 0
@@ -109,11 +112,14 @@ def device_name() -> str:
 def versions() -> dict[str, str]:
     """Return the versions a result depends on."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece")
-    return {"sparse_llama": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
+    return {"sparse_llama": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in packages
+    }
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout this package runs from, ``+`` appended when it has changes; None outside one."""
+    """Return the commit of the checkout this package runs from, ``+`` appended when it has changes; None
+    outside one."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None
@@ -122,7 +128,11 @@ def git_commit() -> str | None:
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=folder, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

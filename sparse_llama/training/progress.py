@@ -55,4 +55,6 @@ class TrainingProgress:
             remaining = self._total_steps - metrics.step
             pace_s = (metrics.elapsed_s - self._started_s) / (done - 1) if done > 1 else 0.0
             eta = format_seconds(pace_s * remaining) if done > 1 else "-"
-            self._console.print(f"step {metrics.step}/{self._total_steps}  {figures}  ETA {eta}", highlight=False)
+            self._console.print(
+                f"step {metrics.step}/{self._total_steps}  {figures}  ETA {eta}", highlight=False
+            )

@@ -1,4 +1,5 @@
-"""What a run says about itself: the start table, ``run.json``, ``summary.json``, answers, and the closing table."""
+"""What a run says about itself: the start table, ``run.json``, ``summary.json``, answers, and the closing
+table."""
 
 import json
 import math
@@ -40,13 +41,16 @@ def show_start(console: Console, session: Session) -> None:
 
 
 def attention_line(session: Session) -> str:
-    """Return the attention and its token-pair density; a sparse layout that is causal at this length says so."""
+    """Return the attention and its token-pair density; a sparse layout that is causal at this length says
+    so."""
     sparsity = session.run.sparsity
     if sparsity is None:
         return "dense"
     line = f"sparse, {sparsity.mode}, block {sparsity.block}, density {density(session):.2f}"
     if density(session) == 1.0:
-        line += f" (fully causal at {session.run.settings.seq_length} tokens: the same numbers and cost as dense)"
+        line += (
+            f" (fully causal at {session.run.settings.seq_length} tokens: the same numbers and cost as dense)"
+        )
     return line
 
 
@@ -129,7 +133,8 @@ def show_summary(console: Console, session: Session, summary: dict[str, Any]) ->
     question = _instruction(session)
     for command in (
         f"python launch/evaluate.py --model {model} --adapter {output / 'adapter'} --data {corpus}",
-        f"python launch/generate.py --model {model} --adapter {output / 'adapter'} --prompt {json.dumps(question)}",
+        f"python launch/generate.py --model {model} --adapter {output / 'adapter'} --prompt "
+        f"{json.dumps(question)}",
         f"python launch/export.py --checkpoint {output} --output exports/{session.run.name} --format merged",
     ):
         console.print(f"  {command}", soft_wrap=True, markup=False)
@@ -148,7 +153,9 @@ def _exact_match_rows(before: dict[str, Any] | None, after: dict[str, Any] | Non
         return []
     rows = [("exact match", f"{format_share(before['average'])} -> {format_share(after['average'])}")]
     for category, share in after["by_category"].items():
-        rows.append((f"  {category}", f"{format_share(before['by_category'][category])} -> {format_share(share)}"))
+        rows.append(
+            (f"  {category}", f"{format_share(before['by_category'][category])} -> {format_share(share)}")
+        )
     return rows
 
 

@@ -1,26 +1,20 @@
 """Everything a run needs before its first step, made in the order in which mistakes are cheapest to find."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from sparse_llama import __version__
-from sparse_llama.adapters.attach import trainable_parameters
 from sparse_llama.adapters.weights import AdapterFile
 from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.run import Run
-from sparse_llama.config.schedule import Schedule, num_optimizer_steps
 from sparse_llama.data.batches import Batch, Batches
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.records import Example
 from sparse_llama.data.tokenizer import Tokenizer
-from sparse_llama.distributed import ranks
 from sparse_llama.model.objective import TokenLoss
-from sparse_llama.training.engine import start_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

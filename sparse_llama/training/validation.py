@@ -17,7 +17,8 @@ from sparse_llama.generation import generate_batch
 
 @dataclass(frozen=True)
 class Validation:
-    """One look at the model: mean loss per labelled token, exact match (None when not asked for), sample answers."""
+    """One look at the model: mean loss per labelled token, exact match (None when not asked for), sample
+    answers."""
 
     loss: float
     exact_match: dict[str, Any] | None = None
@@ -32,7 +33,8 @@ def validate(
     examples: list[Example],
     settings: TrainingSettings,
 ) -> Validation:
-    """Return the model's state on held-out records; every rank must call it (ZeRO-3 gathers weights in step)."""
+    """Return the model's state on held-out records; every rank must call it (ZeRO-3 gathers weights in
+    step)."""
     was_training = objective.training
     objective.eval()
     loss = mean_token_loss(objective, batches)
@@ -46,7 +48,8 @@ def validate(
 
 
 def spread(examples: list[Example], count: int) -> list[Example]:
-    """Return ``count`` examples at equal distances, so that a sorted file is not judged by its beginning alone."""
+    """Return ``count`` examples at equal distances, so that a sorted file is not judged by its beginning
+    alone."""
     if count >= len(examples):
         return examples
     return [examples[index * len(examples) // count] for index in range(count)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from adapted_models import adapt
+from sparse_llama.attention.interface import attach_attention, plan_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_llama.adapters.attach import (
@@ -12,11 +13,12 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
-from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
 
-LINEARS = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+LINEARS = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+]
 
 
 def names(model) -> set[str]:
@@ -30,11 +32,15 @@ def v1_names() -> set[str]:
 def v2_names() -> set[str]:
     linears = {f"model.layers.{i}.{linear}" for i in range(4) for linear in LINEARS} | {"lm_head"}
     scales = {f"{linear}.adapter_{kind}" for linear in linears for kind in ("scale", "bias")}
-    norms = {f"model.layers.{i}.{name}_layernorm.weight" for i in range(4) for name in ("input", "post_attention")}
+    norms = {
+        f"model.layers.{i}.{name}_layernorm.weight" for i in range(4) for name in ("input", "post_attention")
+    }
     return v1_names() | scales | norms | {"model.norm.weight"}
 
 
-@pytest.mark.parametrize("base", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "base", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}]
+)
 def test_exactly_the_adapters_train_and_nothing_whose_name_resembles_theirs(tiny_llama, base):
     """T24, T27: a base with biases of its own keeps them frozen."""
     assert names(adapt(tiny_llama(**base), "v1")) == v1_names()
@@ -48,9 +54,9 @@ def test_llama_7b_trains_as_many_parameters_as_lit_llamas(version, count):
         model = LlamaForCausalLM(config)
     adapt(model, version, prompt_length=10, is_trained=False)
     assert sum(parameter.numel() for _, parameter in trainable_parameters(model)) == count
-    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) + (266_240 if version == "v2" else 0) == (
-        6_738_415_616
-    )
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) + (
+        266_240 if version == "v2" else 0
+    ) == (6_738_415_616)
 
 
 def test_the_bases_names_in_a_state_dict_do_not_change(tiny_llama):
@@ -91,11 +97,15 @@ def test_prompts_are_standard_normal_and_everything_else_is_the_identity(tiny_ll
 
 
 def test_prompts_depend_on_the_seed_and_the_layer_and_on_nothing_else(tiny_llama):
-    def prompts(seed: int, start_layer: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    def prompts(
+        seed: int, start_layer: int = 2, dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
         model = tiny_llama().to(dtype)
         attach_attention(model, plan_attention(None, num_heads=4, master_length=64, seed=0, backend="auto"))
         torch.manual_seed(start_layer)  # the global generator has no say
-        attach_adapters(model, AdapterSettings(version="v1", prompt_length=3, start_layer=start_layer), seed=seed)
+        attach_adapters(
+            model, AdapterSettings(version="v1", prompt_length=3, start_layer=start_layer), seed=seed
+        )
         return {name: tensor for name, tensor in trainable_state(model).items() if name.endswith("prompt")}
 
     first, third = (f"model.layers.{layer}.self_attn.zero_init.prompt" for layer in (2, 3))
@@ -107,7 +117,9 @@ def test_prompts_depend_on_the_seed_and_the_layer_and_on_nothing_else(tiny_llama
 
 
 def test_no_layer_left_to_adapt_is_refused(tiny_llama):
-    with pytest.raises(ConfigError, match=r"start_layer: 4 leaves no layer to adapt, the model has 4 \(0 to 3\)"):
+    with pytest.raises(
+        ConfigError, match=r"start_layer: 4 leaves no layer to adapt, the model has 4 \(0 to 3\)"
+    ):
         adapt(tiny_llama(), "v1", start_layer=4)
 
 

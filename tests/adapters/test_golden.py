@@ -1,6 +1,7 @@
 """Logits and adapter gradients of other people's implementations, on the base and with the tensors they used.
 
-The files hold what lit-llama, PEFT and the original LLaMA-Adapter computed in fp32; ours must agree to fp32 rounding.
+The files hold what lit-llama, PEFT and the original LLaMA-Adapter computed in fp32; ours must agree to fp32
+rounding.
 """
 
 from pathlib import Path
@@ -95,7 +96,8 @@ def from_peft(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def from_original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the original v1's tensors under our names: one embedding holds the prompts of layers 2 and 3; tanh gates."""
+    """Return the original v1's tensors under our names: one embedding holds the prompts of layers 2 and 3;
+    tanh gates."""
     ours: dict[str, torch.Tensor] = {}
     for layer, prompt in zip((2, 3), tensors["adapter_query.weight"].split(10), strict=True):
         gate = tensors[f"layers.{layer}.attention.gate"].flatten().tanh().half().float()
@@ -104,7 +106,9 @@ def from_original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return ours
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolerance: float = ROUNDING) -> None:
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, name: str, tolerance: float = ROUNDING
+) -> None:
     error = (actual.detach() - expected).norm() / expected.norm()
     assert error < tolerance, f"{name}: relative error {float(error):.1e}"
 
@@ -151,7 +155,9 @@ def test_lit_v2_in_the_wrong_row_order_does_not_agree(golden):
 def test_peft_agrees(golden, heads):
     """T20: the gradient of PEFT's scalar gate is the sum of our heads'."""
     weights = "base_hf" if heads == "mha" else "peft_gqa_base_hf"
-    model = adapt(base_model(golden / f"{weights}.safetensors", 4 if heads == "mha" else 2), "v1", prompt_length=10)
+    model = adapt(
+        base_model(golden / f"{weights}.safetensors", 4 if heads == "mha" else 2), "v1", prompt_length=10
+    )
     tensors = from_peft(load_file(golden / f"peft_{heads}_adapter" / "adapter_model.safetensors"))
     gradients = step(model, golden / f"peft_{heads}.npz", tensors)
     for name, expected in load_file(golden / f"peft_{heads}_grads.safetensors").items():
@@ -172,7 +178,9 @@ def test_the_original_agrees_through_its_tanh(golden):
     assert_close(torch.cat(prompts), expected["adapter_query.weight"], "prompts")
     for layer in (2, 3):
         name = f"layers.{layer}.attention.gate"
-        chained = gradients[f"model.layers.{layer}.self_attn.zero_init.gate"] * (1 - raw[name].flatten().tanh() ** 2)
+        chained = gradients[f"model.layers.{layer}.self_attn.zero_init.gate"] * (
+            1 - raw[name].flatten().tanh() ** 2
+        )
         assert_close(chained, expected[name].flatten(), name, FP16_ROUNDING)
 
 

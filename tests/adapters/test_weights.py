@@ -1,4 +1,5 @@
-"""The adapter folder: what is written comes back to the bit, and what does not belong is refused in one line."""
+"""The adapter folder: what is written comes back to the bit, and what does not belong is refused in one
+line."""
 
 import json
 
@@ -7,7 +8,13 @@ import torch
 from adapted_models import adapt, tokens
 
 from sparse_llama.adapters.attach import trainable_parameters, trainable_state
-from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, apply_adapter, load_adapter, save_adapter
+from sparse_llama.adapters.weights import (
+    AdapterFile,
+    BaseModelReference,
+    apply_adapter,
+    load_adapter,
+    save_adapter,
+)
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import CheckpointError
 
@@ -58,7 +65,10 @@ def test_the_file_holds_fp32_whatever_it_is_given_and_no_base_weight(tiny_llama,
     views = dict(zip(("a", "b"), flat.split([flat.numel() - 4, 4]), strict=True))  # they share memory
     save_adapter(tmp_path, views, describe())
     _, tensors = load_adapter(tmp_path)
-    assert {name: tensor.dtype for name, tensor in tensors.items()} == {"a": torch.float32, "b": torch.float32}
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "a": torch.float32,
+        "b": torch.float32,
+    }
 
 
 def test_the_configuration_is_plain_json(saved):
@@ -100,7 +110,9 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_copied(saved, 
     other = adapt(tiny_llama(intermediate_size=64), "v2", is_trained=False)
     before = trainable_state(other)
     message = refusal(lambda: apply_adapter(other, tensors, source="runs/x/adapter"))
-    assert message.startswith("runs/x/adapter: model.layers.0.mlp.gate_proj.adapter_scale has shape [48], this base needs [64]")
+    assert message.startswith(
+        "runs/x/adapter: model.layers.0.mlp.gate_proj.adapter_scale has shape [48], this base needs [64]"
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainable_state(other).items())
 
 
@@ -109,7 +121,10 @@ def test_missing_and_unexpected_tensors_are_refused(saved, tiny_llama):
     _, tensors = load_adapter(saved[0])
     tensors["model.layers.9.self_attn.zero_init.gate"] = tensors.pop("lm_head.adapter_bias")
     message = refusal(lambda: apply_adapter(adapt(tiny_llama(), "v2"), tensors))
-    assert "1 missing (first lm_head.adapter_bias) and 1 unexpected (first model.layers.9.self_attn.zero_init.gate)" in message
+    assert (
+        "1 missing (first lm_head.adapter_bias) and 1 unexpected (first "
+        "model.layers.9.self_attn.zero_init.gate)" in message
+    )
 
 
 def test_a_v1_adapter_does_not_load_as_v2(saved, tiny_llama):

@@ -6,13 +6,14 @@ import pytest
 import torch
 from adapted_models import adapt, tokens
 from oracles.adapter_formula import adapted_logits, token_loss
+from sparse_llama.attention.interface import attention_core
 from transformers import DynamicCache
 
 from sparse_llama.adapters.attach import trainable_parameters
 from sparse_llama.adapters.zero_init import _PromptedAttention
-from sparse_llama.attention.interface import attention_core
 
-# L2 error over L2 norm, fp32 against fp64: roundings of 2^-24 through 4 layers, whose softmaxes have scores of up to 30
+# L2 error over L2 norm, fp32 against fp64: roundings of 2^-24 through 4 layers, whose softmaxes have scores
+# of up to 30
 ROUNDING = 3e-5
 BASES = {
     "gqa": {},
@@ -112,14 +113,17 @@ def test_the_node_keeps_the_sum_and_no_second_output(tiny_llama):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _PromptedAttention.apply(core, query, key, value, prompt_key, prompt_value, attention.zero_init.gate, 0.3)
+        _PromptedAttention.apply(
+            core, query, key, value, prompt_key, prompt_value, attention.zero_init.gate, 0.3
+        )
     per_token = sorted(shape for shape in saved if 16 in shape)
     assert per_token == sorted([(1, 4, 16, 10), (1, 2, 16, 10), (1, 2, 16, 10), (1, 4, 16, 10), (1, 4, 16)])
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_prompts_still_learn_after_an_evaluation_and_a_first_step(tiny_llama, version):
-    """T18: a cached K_p, V_p would cut the second step's prompts off and keep the old values in the forward pass."""
+    """T18: a cached K_p, V_p would cut the second step's prompts off and keep the old values in the forward
+    pass."""
     model = adapt(tiny_llama(), version)
     optimizer = torch.optim.SGD([parameter for _, parameter in trainable_parameters(model)], lr=1e-3)
     ids = tokens()
@@ -144,7 +148,10 @@ def test_decoding_with_a_cache_equals_the_whole_forward_also_after_training(tiny
     for _ in range(2):
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            steps = [model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(9)]
+            steps = [
+                model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+                for t in range(9)
+            ]
             assert relative_error(torch.cat(steps, dim=1), model(input_ids=ids).logits) < ROUNDING
             for _, parameter in trainable_parameters(model):
                 parameter += 0.1

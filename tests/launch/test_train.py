@@ -1,4 +1,5 @@
-"""``launch/train.py`` as users start it: under the launcher, with one process and with two, and with mistakes."""
+"""``launch/train.py`` as users start it: under the launcher, with one process and with two, and with
+mistakes."""
 
 import json
 import os
@@ -13,12 +14,28 @@ ROOT = Path(__file__).parents[2]
 TINY = ["--model", "bundled:tiny-llama", "--dataset", "bundled:people"]
 
 
-def launch(port: int, *arguments: str, processes: int = 1, timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
+def launch(
+    port: int, *arguments: str, processes: int = 1, timeout_s: int = 240
+) -> subprocess.CompletedProcess[str]:
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--master_port", str(port), "--num_gpus", str(processes), "launch/train.py", *arguments]
+    command = [
+        launcher,
+        "--master_port",
+        str(port),
+        "--num_gpus",
+        str(processes),
+        "launch/train.py",
+        *arguments,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
 
 

@@ -31,7 +31,8 @@ def train(model: LlamaForCausalLM) -> torch.Tensor:
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("kind", ["on", "inputs on the CPU"])
 def test_gradients_are_those_without_checkpointing(tiny_llama, version, kind):
-    """T23, memory trap 2: the reentrant checkpoint behind a frozen embedding gives 3 gradients of 73, without an error."""
+    """T23, memory trap 2: the reentrant checkpoint behind a frozen embedding gives 3 gradients of 73, without
+    an error."""
     plain, checkpointed = (adapt(tiny_llama(), version) for _ in range(2))
     checkpoint_layers(checkpointed, SETTINGS[kind], first_trained_layer(checkpointed))
     assert torch.equal(train(plain), train(checkpointed))
@@ -48,7 +49,9 @@ def test_no_backward_pass_goes_below_the_first_adapter(tiny_llama):
     checkpoint_layers(model, SETTINGS["on"], first_trained_layer(model))
     visited: list[int] = []
     is_needed: list[bool] = []
-    model.get_input_embeddings().register_forward_hook(lambda _, __, output: is_needed.append(output.requires_grad))
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: is_needed.append(output.requires_grad)
+    )
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_full_backward_hook(lambda *_, index=index: visited.append(index))
     train(model)
@@ -66,14 +69,17 @@ def step_flops(tiny_llama: Any, version: str, kind: str) -> int:
 
 @pytest.mark.parametrize(("version", "num_recomputed"), [("v1", 2), ("v2", 4)])
 def test_exactly_the_trained_layers_are_recomputed(tiny_llama, version, num_recomputed):
-    """In FLOPs: each recomputed layer costs its forward again, but for a last product whose output nothing needs."""
+    """In FLOPs: each recomputed layer costs its forward again, but for a last product whose output nothing
+    needs."""
     extra = step_flops(tiny_llama, version, "on") - step_flops(tiny_llama, version, "off")
     model = adapt(tiny_llama(), version, start_layer=2)
     with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
         model(input_ids=tokens(), use_cache=False)
     counts = counter.get_flop_counts()
     of_layers = [sum(counts[f"LlamaForCausalLM.model.layers.{index}"].values()) for index in range(4)]
-    of_down_proj = [sum(counts[f"LlamaForCausalLM.model.layers.{index}.mlp.down_proj"].values()) for index in range(4)]
+    of_down_proj = [
+        sum(counts[f"LlamaForCausalLM.model.layers.{index}.mlp.down_proj"].values()) for index in range(4)
+    ]
     expected = sum(of_layers[-num_recomputed:])
     assert expected - sum(of_down_proj[-num_recomputed:]) <= extra <= expected
 
@@ -91,7 +97,8 @@ def test_checkpointing_is_off_in_evaluation(tiny_llama):
 
 
 def test_only_layer_inputs_go_to_the_cpu(tiny_llama, monkeypatch):
-    """Memory trap 7: ``save_on_cpu`` around a layer that is not checkpointed would copy its frozen weights."""
+    """Memory trap 7: ``save_on_cpu`` around a layer that is not checkpointed would copy its frozen
+    weights."""
     model = adapt(tiny_llama(), "v2")
     moved: list[torch.Tensor] = []
 

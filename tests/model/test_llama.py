@@ -33,7 +33,8 @@ BASES = {
 
 
 def write_bin_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write ``tensors`` as open_llama's are: two ``.bin`` shards and an index, with rotary buffers that nothing needs."""
+    """Write ``tensors`` as open_llama's are: two ``.bin`` shards and an index, with rotary buffers that
+    nothing needs."""
     names = sorted(tensors)
     shards = {
         "pytorch_model-00001-of-00002.bin": {name: tensors[name] for name in names[::2]},
@@ -43,7 +44,9 @@ def write_bin_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     for file, shard in shards.items():
         torch.save(shard, folder / file)
     weight_map = {name: file for file, shard in shards.items() for name in shard}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 @pytest.fixture
@@ -80,8 +83,11 @@ def rewrite(folder: Path, change) -> None:
 def test_logits_are_transformers_own_to_the_bit(checkpoint, tiny_llama, kind, base):
     folder = checkpoint(kind, **BASES[base])
     ours = load_llama(str(folder), dtype=torch.float32).model
-    # transformers reports the rotary buffer of the .bin shards as unexpected; the model that was saved has none
-    theirs = tiny_llama(**BASES[base]) if kind == "bin shards" else LlamaForCausalLM.from_pretrained(folder).eval()
+    # transformers reports the rotary buffer of the .bin shards as unexpected; the model that was saved has
+    # none
+    theirs = (
+        tiny_llama(**BASES[base]) if kind == "bin shards" else LlamaForCausalLM.from_pretrained(folder).eval()
+    )
     assert torch.equal(ours(input_ids=tokens()).logits, theirs(input_ids=tokens()).logits)
 
 
@@ -97,7 +103,9 @@ def test_the_old_bin_format_is_read_too(checkpoint, tiny_llama):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert torch.equal(load_llama(str(folder), dtype=torch.float32).model.lm_head.weight, tiny_llama().lm_head.weight)
+    assert torch.equal(
+        load_llama(str(folder), dtype=torch.float32).model.lm_head.weight, tiny_llama().lm_head.weight
+    )
 
 
 def test_weights_are_cast_and_rotary_frequencies_are_not(checkpoint, tiny_llama):
@@ -126,7 +134,12 @@ def test_nothing_refers_to_the_file_after_loading(checkpoint):
 def test_a_renamed_tensor_is_refused(checkpoint):
     """T1: what ``strict=False`` hid from everyone."""
     folder = checkpoint()
-    rewrite(folder, lambda tensors: tensors.update({"model.layers.1.mlp.up.weight": tensors.pop("model.layers.1.mlp.up_proj.weight")}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"model.layers.1.mlp.up.weight": tensors.pop("model.layers.1.mlp.up_proj.weight")}
+        ),
+    )
     message = refusal(folder)
     assert "1 tensors missing (first model.layers.1.mlp.up_proj.weight)" in message
     assert "1 tensors unexpected (first model.layers.1.mlp.up.weight)" in message
@@ -147,9 +160,14 @@ def test_a_tensor_of_another_shape_is_refused(checkpoint):
 
 def test_a_tied_model_whose_head_differs_is_refused_and_one_with_a_copy_is_not(checkpoint, tiny_llama):
     folder = checkpoint(tie_word_embeddings=True)
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}),
+    )
     load_llama(str(folder), dtype=torch.float32)
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    rewrite(
+        folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
+    )
     assert "lm_head.weight differs from model.embed_tokens.weight" in refusal(folder)
 
 
@@ -220,7 +238,9 @@ def test_stories260k_is_transformers_own_to_the_bit(shared):
     folder = shared / "models" / "stories260K"
     ids = tokens(num_tokens=40, vocabulary=512)
     ours = load_llama(str(folder), dtype=torch.float32).model
-    assert torch.equal(ours(input_ids=ids).logits, LlamaForCausalLM.from_pretrained(folder)(input_ids=ids).logits)
+    assert torch.equal(
+        ours(input_ids=ids).logits, LlamaForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+    )
 
 
 PEAK = """
@@ -238,7 +258,9 @@ def test_peak_memory_is_the_model_and_one_shard(tiny_llama, tmp_path, run_python
     """The checkpoint is 64 MB in fp32, in 4 shards; the model 32 MB in bf16. Both at once would be 96 MB."""
     model = tiny_llama(vocab_size=16000, hidden_size=512)
     model.save_pretrained(tmp_path, max_shard_size="17MB")
-    tensors = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    tensors = {
+        name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
     for path in tmp_path.glob("*.safetensors*"):
         path.unlink()
     write_bin_shards(tmp_path, tensors)

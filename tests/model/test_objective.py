@@ -67,7 +67,9 @@ def test_packed_documents_have_the_loss_of_the_documents_alone(tiny_llama):
     labels[0, 4] = -100  # the second document's first token
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     loss = TokenLoss(model)
-    alone = loss(ids[:, :4], positions[:, :4], labels[:, :4]) + loss(ids[:, 4:], positions[:, 4:], labels[:, 4:])
+    alone = loss(ids[:, :4], positions[:, :4], labels[:, :4]) + loss(
+        ids[:, 4:], positions[:, 4:], labels[:, 4:]
+    )
     assert loss(ids, positions, labels).item() == pytest.approx(alone.item(), rel=1e-6)
 
 

@@ -12,7 +12,10 @@ import pytest
 FP32_CASES = [
     *((version, stage, True, False) for version, stage in product(("v1", "v2"), (0, 1, 2))),
     ("v2", 3, True, False),  # loaded whole, partitioned by the engine
-    *((version, 3, is_checkpointed, True) for version, is_checkpointed in product(("v1", "v2"), (True, False))),
+    *(
+        (version, 3, is_checkpointed, True)
+        for version, is_checkpointed in product(("v1", "v2"), (True, False))
+    ),
 ]
 BF16_CASES = [("v2", stage, True, stage == 3) for stage in (0, 1, 2, 3)]
 SOURCE = "import runpy, sys; sys.argv[0] = 'zero_steps'; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -44,14 +47,17 @@ def test_fp32_losses_and_gradients_are_plain_torchs_at_every_stage(folder, tmp_p
         assert result["losses"] == pytest.approx(result["expected_losses"], rel=1e-5), case
         assert result["without_gradient"] == [], case
         assert result["worst_gradients"][0] < 1e-5, case
-        # Adam's first step is lr x sign(gradient): a gradient of rounding size may move an element the other way
+        # Adam's first step is lr x sign(gradient): a gradient of rounding size may move an element the other
+        # way
         assert result["worst_gradients"][1] < 2e-3, case
 
 
 def test_bf16_moves_every_fp32_master(folder, tmp_path, run_python):
     """T6: a scale near 1 cannot move by lr x grad in bf16; rotary frequencies stay fp32 as well."""
     cases = [describe(folder, case, "bf16") for case in BF16_CASES]
-    for case, result in zip(BF16_CASES, run_cases(run_python, folder, cases, tmp_path / "results"), strict=True):
+    for case, result in zip(
+        BF16_CASES, run_cases(run_python, folder, cases, tmp_path / "results"), strict=True
+    ):
         assert result["master_dtypes"] == ["torch.float32"], case
         assert result["inv_freq_dtype"] == "torch.float32", case
         assert result["without_gradient"] == [], case

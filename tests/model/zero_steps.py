@@ -1,6 +1,7 @@
 """Two training steps under DeepSpeed and in plain torch, on the same model; run as a process of its own.
 
-Prints one JSON line per case: losses of both, the largest relative error over all gradients, and which tensors got none.
+Prints one JSON line per case: losses of both, the largest relative error over all gradients, and which
+    tensors got none.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.utils import logger, safe_get_full_grad
+from sparse_llama.attention.interface import attach_attention, plan_attention
 
 from sparse_llama.adapters.attach import (
     attach_adapters,
@@ -20,7 +22,6 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
-from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.distributed import ranks
 from sparse_llama.memory.checkpointing import checkpoint_layers
@@ -78,7 +79,9 @@ def configuration(stage: int, precision: str, *, offload: bool = False) -> dict:
     }
 
 
-def run(folder: str, version: str, stage: int, precision: str, is_checkpointed: bool, is_partitioned: bool) -> dict:
+def run(
+    folder: str, version: str, stage: int, precision: str, is_checkpointed: bool, is_partitioned: bool
+) -> dict:
     from sparse_llama.config.deepspeed import ActivationCheckpointing
 
     config = configuration(stage, precision)
@@ -124,13 +127,16 @@ def run(folder: str, version: str, stage: int, precision: str, is_checkpointed: 
 
 
 def compare_weights(folder: str) -> dict:
-    """Return which of the partitioned model's weights differ from the plainly loaded one's, gathered again."""
+    """Return which of the partitioned model's weights differ from the plainly loaded one's, gathered
+    again."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     whole = load_llama(folder, dtype=torch.float32).model
     model = load_llama(folder, dtype=torch.float32, zero3_config=configuration(3, "fp32")).model
     drawn = load_llama(folder, dtype=torch.float32, random_weights=True).model
-    drawn3 = load_llama(folder, dtype=torch.float32, random_weights=True, zero3_config=configuration(3, "fp32")).model
+    drawn3 = load_llama(
+        folder, dtype=torch.float32, random_weights=True, zero3_config=configuration(3, "fp32")
+    ).model
     is_partitioned = all(hasattr(p, "ds_id") and p.numel() == 0 for p in model.parameters())
     different = []
     for ours, partitioned in ((whole, model), (drawn, drawn3)):
@@ -142,7 +148,12 @@ def compare_weights(folder: str) -> dict:
         different += list(expected)
     rotary = torch.equal(model.model.rotary_emb.inv_freq, whole.model.rotary_emb.inv_freq)
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    return {"is_partitioned": is_partitioned, "different": different, "rotary_is_equal": rotary, "is_tied": is_tied}
+    return {
+        "is_partitioned": is_partitioned,
+        "different": different,
+        "rotary_is_equal": rotary,
+        "is_tied": is_tied,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LLaMA with LLaMA-Adapter v1 and v2 written out once more, from the formulas, in plain fp64 tensors.
 
-No module, no kernel, no cache: each token attends by an explicit mask, the prompt by its own softmax. The weights are a
+No module, no kernel, no cache: each token attends by an explicit mask, the prompt by its own softmax. The
+    weights are a
 table by state-dict name; autograd gives the gradients.
 """
 
@@ -12,7 +13,8 @@ from transformers import LlamaConfig
 def adapted_logits(
     weights: dict[str, Tensor], config: LlamaConfig, input_ids: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Return the (B, T, V) logits; tokens attend within their document, a document starting at each position 0."""
+    """Return the (B, T, V) logits; tokens attend within their document, a document starting at each position
+    0."""
     num_tokens = input_ids.shape[1]
     if position_ids is None:
         position_ids = torch.arange(num_tokens).expand_as(input_ids)
@@ -26,7 +28,9 @@ def adapted_logits(
         hidden = hidden + _attention(weights, f"{name}.self_attn", normed, visible, position_ids, config)
         normed = _norm(weights, f"{name}.post_attention_layernorm", hidden, config)
         gate = torch.nn.functional.silu(_linear(weights, f"{name}.mlp.gate_proj", normed))
-        hidden = hidden + _linear(weights, f"{name}.mlp.down_proj", gate * _linear(weights, f"{name}.mlp.up_proj", normed))
+        hidden = hidden + _linear(
+            weights, f"{name}.mlp.down_proj", gate * _linear(weights, f"{name}.mlp.up_proj", normed)
+        )
     return _linear(weights, "lm_head", _norm(weights, "model.norm", hidden, config))
 
 
@@ -41,9 +45,16 @@ def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _attention(
-    weights: dict[str, Tensor], name: str, hidden: Tensor, visible: Tensor, position_ids: Tensor, config: LlamaConfig
+    weights: dict[str, Tensor],
+    name: str,
+    hidden: Tensor,
+    visible: Tensor,
+    position_ids: Tensor,
+    config: LlamaConfig,
 ) -> Tensor:
-    queries = _rotate(_heads(_linear(weights, f"{name}.q_proj", hidden), config), position_ids, config)  # (B, H, T, D)
+    queries = _rotate(
+        _heads(_linear(weights, f"{name}.q_proj", hidden), config), position_ids, config
+    )  # (B, H, T, D)
     keys = _rotate(_heads(_linear(weights, f"{name}.k_proj", hidden), config), position_ids, config)
     values = _heads(_linear(weights, f"{name}.v_proj", hidden), config)
     prompt = weights.get(f"{name}.zero_init.prompt")
@@ -54,7 +65,9 @@ def _attention(
         scores = (query @ keys[:, kv_head].mT).masked_fill(~visible, float("-inf"))
         output = scores.softmax(-1) @ values[:, kv_head]
         if prompt is not None:
-            prompt_key = _heads(_linear(weights, f"{name}.k_proj", prompt)[None], config)[0, kv_head]  # (P, D)
+            prompt_key = _heads(_linear(weights, f"{name}.k_proj", prompt)[None], config)[
+                0, kv_head
+            ]  # (P, D)
             prompt_value = _heads(_linear(weights, f"{name}.v_proj", prompt)[None], config)[0, kv_head]
             gate = weights[f"{name}.zero_init.gate"][head]
             output = output + gate * ((query @ prompt_key.mT).softmax(-1) @ prompt_value)

@@ -1,4 +1,5 @@
-"""A model of a few thousand parameters with its own tokenizer, a data set, and a way to run a configuration on them."""
+"""A model of a few thousand parameters with its own tokenizer, a data set, and a way to run a configuration
+on them."""
 
 import copy
 import json
@@ -23,7 +24,11 @@ def records() -> list[dict[str, str]]:
     rows = []
     for number in range(96):
         name, city = NAMES[number % 8], CITIES[number % 5]
-        response = f"{name} lives in {city}." if number % 3 else f"{name} lives in {city}, " + "far away, " * (number % 7)
+        response = (
+            f"{name} lives in {city}."
+            if number % 3
+            else f"{name} lives in {city}, " + "far away, " * (number % 7)
+        )
         rows.append(
             {
                 "instruction": f"Where does {name} number {number} live?",
@@ -57,7 +62,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(model_dir)
     text = folder / "text.txt"
-    text.write_text("\n".join(f"{r['instruction']} {r['context']} {r['response']}" for r in records()), encoding="utf-8")
+    text.write_text(
+        "\n".join(f"{r['instruction']} {r['context']} {r['response']}" for r in records()), encoding="utf-8"
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(model_dir / "tokenizer"),
@@ -92,7 +99,11 @@ DOCUMENT: dict[str, Any] = {
 def merge(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(document)
     for key, value in changes.items():
-        merged[key] = merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            merge(merged[key], value)
+            if isinstance(value, dict) and isinstance(merged.get(key), dict)
+            else value
+        )
     return merged
 
 

@@ -1,4 +1,5 @@
-"""Whole runs on a tiny model: the stages agree, accumulation does not matter, a resumed run is the same run."""
+"""Whole runs on a tiny model: the stages agree, accumulation does not matter, a resumed run is the same
+run."""
 
 import json
 import math
@@ -82,20 +83,37 @@ def test_a_checkpoint_of_one_stage_continues_at_another(train: Train):
 
 def test_every_trainable_tensor_moves_in_bf16(train: Train):
     """T6: at this learning rate bf16 cannot hold a step from 1; the fp32 masters can."""
-    slow = {"optimizer": {"params": {"lr": 1e-4}}, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}}}
+    slow = {
+        "optimizer": {"params": {"lr": 1e-4}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}},
+    }
     slow["sparse_llama"] = {"training": {"steps": 6, "save_every": 1, "keep_last": 6}}
     run = train("run", **BF16, **slow)
-    early, late = (load_file(run / "checkpoints" / f"step_00000{step}" / "adapter.safetensors") for step in (1, 6))
+    early, late = (
+        load_file(run / "checkpoints" / f"step_00000{step}" / "adapter.safetensors") for step in (1, 6)
+    )
     assert all(not early[name].equal(late[name]) for name in early)
 
 
 def test_the_summary_holds_what_others_script_against(train: Train):
     output_dir = train("run")
     summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
-    for key in (
-        "trainable_parameters train_loss validation_loss_before validation_loss exact_match_before exact_match steps "
-        "tokens tokens_per_s elapsed_s peak_memory_bytes device versions density"
-    ).split():
+    for key in [
+        "trainable_parameters",
+        "train_loss",
+        "validation_loss_before",
+        "validation_loss",
+        "exact_match_before",
+        "exact_match",
+        "steps",
+        "tokens",
+        "tokens_per_s",
+        "elapsed_s",
+        "peak_memory_bytes",
+        "device",
+        "versions",
+        "density",
+    ]:
         assert summary[key] is not None, key
     assert summary["steps"] == 6
     assert math.isclose(summary["train_loss"], sum(losses(output_dir)) / 6, rel_tol=0.05)

@@ -1,4 +1,5 @@
-"""Masters and moments are the same tensors at every ZeRO stage, and writing them back continues the run to the bit."""
+"""Masters and moments are the same tensors at every ZeRO stage, and writing them back continues the run to
+the bit."""
 
 import copy
 from typing import Any
@@ -18,7 +19,13 @@ from sparse_llama.training.masters import (
     write_moments,
 )
 
-CASES = [(0, "fp32", "none"), (0, "bf16", "none"), (1, "bf16", "none"), (2, "fp32", "none"), (3, "bf16", "none")]
+CASES = [
+    (0, "fp32", "none"),
+    (0, "bf16", "none"),
+    (1, "bf16", "none"),
+    (2, "fp32", "none"),
+    (3, "bf16", "none"),
+]
 # The CPU optimizer is compiled at first use (half a minute), so offload is exercised in two cases only.
 OFFLOAD_CASES = [(2, "bf16", "cpu"), (3, "fp32", "cpu")]
 
@@ -50,7 +57,10 @@ def start(stage: int, precision: str, offload: str) -> Any:
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2} | ({"torch_adam": True} if offload == "none" else {})},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-2} | ({"torch_adam": True} if offload == "none" else {}),
+        },
     }
     model = Regression()
     groups = [
@@ -99,7 +109,8 @@ def test_a_fresh_engine_continues_to_the_bit_from_what_was_read(stage: int, prec
 
 @pytest.mark.parametrize(("stage", "precision", "offload"), CASES)
 def test_every_stage_trains_like_plain_torch(stage: int, precision: str, offload: str):
-    """T6: the masters move in fp32 although bf16 could not hold the step; the oracle is a loop of torch alone."""
+    """T6: the masters move in fp32 although bf16 could not hold the step; the oracle is a loop of torch
+    alone."""
     engine = start(stage, precision, offload)
     for number in range(3):
         step(engine, number)
