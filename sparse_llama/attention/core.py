@@ -1,0 +1,82 @@
+"""What an attention core is: a forward and a backward pass, apart from autograd, over documents.
+
+``B`` batch, ``T`` tokens, ``H`` query heads, ``K`` key/value heads, ``D`` head width.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class AttentionCore(Protocol):
+    """Attention of one layer over one batch, bound to its layout, its documents and its scale.
+
+    Forward and backward are separate so that whoever wraps a core (the adapter) decides what is saved.
+    """
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the (B, H, T, D) output and the (B, H, T) log of the softmax' denominator."""
+        ...
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> Gradients:
+        """Return the gradients of query, key and value.
+
+        Args:
+            output, lse: of the forward pass.
+            delta: (B, H, T) rowsum(grad * output), the caller's to supply; kernels that compute it from
+                ``output`` themselves ignore it.
+        """
+        ...
+
+
+class CoreAttention(torch.autograd.Function):
+    """A core as one differentiable operation that saves its inputs, its output and the lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, core: AttentionCore, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        output, lse = core.forward(query, key, value)
+        ctx.core = core
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output, lse = ctx.saved_tensors
+        statistics = statistics_dtype(grad.dtype)
+        delta = (grad.to(statistics) * output.to(statistics)).sum(-1)
+        return None, *ctx.core.backward(grad, query, key, value, output, lse, delta)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of softmax statistics: fp32, or fp64 under fp64 inputs (gradient checks)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def expand_heads(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return (B, K, S, D) as (B, H, S, D): every key/value head once per query head that shares it."""
+    groups = num_heads // tensor.shape[1]
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
+
+
+def sum_heads(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Return (B, H, S, D) gradients as (B, K, S, D): the transpose of ``expand_heads``."""
+    if tensor.shape[1] == num_kv_heads:
+        return tensor
+    return tensor.unflatten(1, (num_kv_heads, -1)).sum(2)

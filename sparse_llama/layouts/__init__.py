@@ -1,0 +1,5 @@
+"""Which blocks may attend to which: DeepSpeed's layouts as row intervals."""
+
+from sparse_llama.layouts.layout import Layout, build_layout
+
+__all__ = ["Layout", "build_layout"]
