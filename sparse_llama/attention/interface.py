@@ -49,7 +49,9 @@ class AttentionPlan:
     """None is full causal attention."""
     backend: Backend
     chunked: ChunkedLayout | None = None
-    _last: tuple[torch.Tensor, int, int, Documents] | None = field(default=None, repr=False)
+    # All layers of a forward pass ask about the same batch: the last answers are kept, not one per layer.
+    _documents: tuple[torch.Tensor, int, int, Documents] | None = field(default=None, repr=False)
+    _mask: tuple[Documents, torch.device, Any] | None = field(default=None, repr=False)
 
     def layout_at(self, num_tokens: int) -> Layout | None:
         """Return the layout where it is one for a document of this length, None where attention is full."""
@@ -57,16 +59,26 @@ class AttentionPlan:
         return None if is_full else self.layout
 
     def documents(self, position_ids: torch.Tensor | None, num_rows: int, num_tokens: int) -> Documents:
-        """Return the documents of a batch; of the batch before at no cost, as all layers ask for the same."""
+        """Return the documents of a batch."""
         if position_ids is None:
             return whole_rows(num_rows, num_tokens)
-        if self._last is not None:
-            positions, version, rows, documents = self._last
+        if self._documents is not None:
+            positions, version, rows, documents = self._documents
             if positions is position_ids and version == position_ids._version and rows == num_rows:
                 return documents
         documents = find_documents(position_ids, num_rows)
-        self._last = (position_ids, position_ids._version, num_rows, documents)
+        self._documents = (position_ids, position_ids._version, num_rows, documents)
         return documents
+
+    def flex_core(self, documents: Documents, device: torch.device, scaling: float) -> AttentionCore:
+        """Return FlexAttention over a batch's documents."""
+        # seconds to import, and only GPUs need it
+        from sparse_llama.attention.flex import FlexCore, block_mask
+
+        assert self.layout is not None
+        if self._mask is None or self._mask[0] is not documents or self._mask[1] != device:
+            self._mask = (documents, device, block_mask(self.layout, documents, device))
+        return FlexCore(self._mask[2], scaling)
 
 
 def plan_attention(
@@ -162,12 +174,8 @@ def attention_core(
     if layout is None or (is_cpu and plan.backend != "flex"):
         return BlockwiseCore(None if layout is None else plan.chunked, documents, scaling)
     if plan.backend == "blockwise":
-        _say_once(
-            "sparse_llama.attention.backend: blockwise runs on the CPU; flex computes the same on this GPU"
-        )
-    from sparse_llama.attention.flex import FlexCore, block_mask  # seconds to import, and only GPUs need it
-
-    return FlexCore(block_mask(layout, documents, query.device), scaling)
+        _say_once("sparse_llama.attention.backend: blockwise is for the CPU; flex computes the same here")
+    return plan.flex_core(documents, query.device, scaling)
 
 
 @dataclass(frozen=True)
