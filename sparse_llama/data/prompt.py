@@ -19,3 +19,8 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
     """Return the text that precedes a response; ``context`` (Dolly) or ``input`` (Alpaca) may be empty."""
     template = _WITH_CONTEXT if context else _PLAIN
     return template.format(instruction=instruction, context=context) + _RESPONSE
+
+
+def next_turn_prompt(instruction: str) -> str:
+    """Return what precedes the response of a later turn of a conversation."""
+    return f"### Instruction:\n{instruction}\n\n{_RESPONSE}"

@@ -37,7 +37,8 @@ def checkpoint_layers(
         layer.gradient_checkpointing = is_checkpointed
         if is_checkpointed:
             offloads = settings is not None and settings.cpu_checkpointing
-            layer._gradient_checkpointing_func = _recompute_from_cpu if offloads else _recompute
+            # transformers' own name for it; nn.Module's types know tensors and modules only
+            vars(layer)["_gradient_checkpointing_func"] = _recompute_from_cpu if offloads else _recompute
 
 
 def _recompute(function: Any, *args: Any) -> Any:

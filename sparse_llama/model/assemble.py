@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparse_llama.adapters.attach import attach_adapters, first_trained_layer
@@ -131,8 +132,10 @@ def is_own_modelling_code(folder: Path) -> bool:
     """Return whether the code in ``folder`` is byte for byte what this version ships, and nothing else."""
     if not MODELLING_CODE.is_file():
         return False
-    references = read_config_json(folder).get("auto_map", {}).values()
-    if any(str(reference).split(".", 1)[0] != MODELLING_CODE.stem for reference in references):
+    auto_map = read_config_json(folder).get("auto_map", {})
+    if not isinstance(auto_map, dict):
+        return False
+    if any(str(reference).split(".", 1)[0] != MODELLING_CODE.stem for reference in auto_map.values()):
         return False  # another module, or another repository's ("owner/name--module.Class")
     code = sorted(folder.rglob("*.py"))
     return code == [folder / MODELLING_CODE.name] and filecmp.cmp(code[0], MODELLING_CODE, shallow=False)
@@ -149,8 +152,8 @@ def _open_adapted(
     file, tensors = load_adapter(adapter)
     base = model or file.base_model.path
     revision = revision if model else file.base_model.revision
-    dtype = dtype or getattr(torch, file.dtype)
-    loaded = load_llama(base, dtype=dtype, device=device, revision=revision)
+    computed_in: torch.dtype = dtype or getattr(torch, file.dtype)
+    loaded = load_llama(base, dtype=computed_in, device=device, revision=revision)
     sparsity = None if file.sparse_attention is None else parse_sparsity(file.sparse_attention)
     plan = plan_attention(
         sparsity,
@@ -171,18 +174,33 @@ def _open_adapted(
 def _open_with_code(
     model: str, folder: Path, *, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool
 ) -> OpenedModel:
-    if not trust_remote_code and not is_own_modelling_code(folder):
+    kind: Any
+    if is_own_modelling_code(folder):
+        # The same bytes from this package: nothing in the folder is run.
+        from sparse_llama.model.exported.modeling_sparse_llama import SparseLlamaForCausalLM
+
+        kind, arguments = SparseLlamaForCausalLM, {}
+    elif trust_remote_code:
+        from transformers import AutoModelForCausalLM
+
+        kind, arguments = AutoModelForCausalLM, {"trust_remote_code": True}
+    else:
         raise ModelError(
             f"{model}: brings modelling code (auto_map in config.json) that is not what this version of "
-            "sparse-llama ships; "
-            "read it, then allow it with --trust_remote_code"
+            "sparse-llama ships; read it, then allow it with --trust_remote_code"
         )
-    from transformers import AutoModelForCausalLM
-
-    opened = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).to(device).eval()
-    )
-    opened.requires_grad_(False)
+    try:
+        opened, found = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **arguments)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder}: does not open ({reason}); export it again") from error
+    for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[name]:
+            raise ModelError(
+                f"{folder}: {len(found[name])} {name.removesuffix('_keys')} tensors (first "
+                f"{sorted(map(str, found[name]))[0]}); the files are not of one export, make it again"
+            )
+    opened.to(device).eval().requires_grad_(False)
     return OpenedModel(opened, load_tokenizer(folder), None, f"{model} (exported)", folder)
 
 

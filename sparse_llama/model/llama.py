@@ -65,7 +65,10 @@ def load_llama(
     model = _construct(config, dtype=dtype, device=torch.device(device), zero3_config=zero3_config)
     if random_weights:
         _fill(model, _random_tensors(model, seed), source=folder)
-        notice = f"{path}: RANDOM weights, seed {seed} (sparse_llama.model.random_weights); the checks of the base are off"
+        notice = (
+            f"{path}: RANDOM weights, seed {seed} (sparse_llama.model.random_weights); "
+            "the checks of the base are off"
+        )
         return LoadedLlama(model, folder, (notice,))
     _fill(model, _without_known_extras(checkpoint_tensors(folder), config, folder), source=folder)
     return LoadedLlama(model, folder)
@@ -110,7 +113,7 @@ def _construct(
         torch.device("meta") if zero3_config is None else _partitioning(zero3_config, dtype)
     )
     with making:
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)  # transformers' wrapped ``to`` confuses type checkers
     if zero3_config is None:
         model.to(dtype)
         model.to_empty(device=device)

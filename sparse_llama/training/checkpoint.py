@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from sparse_llama.adapters.weights import AdapterFile, load_adapter, save_adapter
 from sparse_llama.distributed.ranks import barrier, is_main
@@ -97,11 +98,24 @@ def load_checkpoint(folder: Path, engine: Any, parameters: dict[str, nn.Paramete
         torch.cuda.set_rng_state(cuda_state)
     write_masters(engine, parameters, masters)
     write_moments(engine, parameters, moments, state["optimizer_updates"])
-    if engine.lr_scheduler is not None:
-        engine.lr_scheduler.last_epoch = position.step - 1
-        engine.lr_scheduler.step()
+    _set_schedule(engine, position.step)
     engine.global_steps = position.step
     return position
+
+
+def _set_schedule(engine: Any, step: int) -> None:
+    """Put the learning rates where ``step`` finished steps leave them."""
+    scheduler = engine.lr_scheduler
+    if isinstance(scheduler, LambdaLR):
+        rates = [
+            base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        state = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        scheduler.load_state_dict(scheduler.state_dict() | state)
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+    elif scheduler is not None:  # DeepSpeed's own take the number of the last finished step, counted from 0
+        scheduler.step(step - 1)
 
 
 def find_checkpoint(folder: Path, resume: Literal["auto"] | Path) -> Path:

@@ -41,7 +41,7 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
         # Adapters are a thousandth of the model: torch's own AdamW costs nothing beside the model's matrix
         # products and needs no compiler; DeepSpeed's fused one is built from source at first use.
         parameters.setdefault("torch_adam", True)
-    groups = parameter_groups(llama, weight_decay=parameters.get("weight_decay", 0.0))
+    groups: Any = parameter_groups(llama, weight_decay=parameters.get("weight_decay", 0.0))
     engine, *_ = deepspeed.initialize(
         model=objective,
         model_parameters=groups,

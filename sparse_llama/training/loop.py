@@ -1,6 +1,7 @@
 """The training run: validate, train, validate, save, with everything it measured in ``output_dir``."""
 
 import shutil
+import sys
 import time
 from dataclasses import asdict
 
@@ -32,25 +33,25 @@ from sparse_llama.training.validation import Validation, validate
 
 
 def fit(run: Run) -> None:
-    """Train the adapter that ``run`` describes and leave the results in ``run.output_dir``."""
+    """Train the adapter that ``run`` describes and leave the results in ``run.output_dir``.
+
+    Joins the process group and stays in it: whoever started the process leaves it (``ranks.finalize``).
+    """
     ranks.initialize()
-    console = Console(quiet=not ranks.is_main(), highlight=False)
-    try:
-        session = prepare(run, console)
-        position = _resume(session, console) if run.resume is not None else _begin(session)
-        report.show_start(console, session)
-        if position.before is None:
-            console.print("validating the base model ...")
-            position.before = asdict(_validate(session))
-            _check_base(session, position.before["loss"])
-        final = _train(session, position, console)
-        _finish(session, position, final, console)
-    finally:
-        ranks.finalize()
+    console = Console(quiet=not ranks.is_main(), highlight=False, width=None if sys.stdout.isatty() else 110)
+    session = prepare(run, console)
+    position = _resume(session, console) if run.resume is not None else _begin(session)
+    report.show_start(console, session)
+    if position.before is None:
+        console.print("validating the base model ...")
+        position.before = asdict(_validate(session))
+        _check_base(session, position.before["loss"])
+    final = _train(session, position, console)
+    _finish(session, position, final, console)
 
 
-def _train(session: Session, position: Position, console: Console) -> Validation | None:
-    """Take the remaining steps; return the validation of the last one if it was due anyway."""
+def _train(session: Session, position: Position, console: Console) -> Validation:
+    """Take the remaining steps; return the validation after the last."""
     run, engine = session.run, session.engine
     training = run.settings.training
     metrics_file = MetricsFile(run.output_dir / "metrics.jsonl", position.step) if ranks.is_main() else None
@@ -58,7 +59,6 @@ def _train(session: Session, position: Position, console: Console) -> Validation
         {name: run.deepspeed[name] for name in MONITOR_BLOCKS if name in run.deepspeed}, run.output_dir
     )
     clock = Clock(position.elapsed_s)
-    validation = None
     engine.train()
     with TrainingProgress(console, position.step, session.total_steps) as progress:
         for step in range(position.step + 1, session.total_steps + 1):
@@ -94,14 +94,13 @@ def _train(session: Session, position: Position, console: Console) -> Validation
             )
             progress.update(metrics)
 
-            validation = None
             if _is_due(step, training.eval_every) and step < session.total_steps:
                 validation = _validate(session)
                 monitors.write(step, {"validation/loss": validation.loss})
                 console.print(f"step {step}  validation loss {validation.loss:.4f}{report.score(validation)}")
             if _is_due(step, training.save_every) or step == session.total_steps:
                 _save(session, position)
-    final = validation or _validate(session)
+    final = _validate(session)
     monitors.write(session.total_steps, {"validation/loss": final.loss})
     return final
 
@@ -165,8 +164,13 @@ def _validate(session: Session) -> Validation:
 
 
 def _check_base(session: Session, loss: float) -> None:
-    if not session.run.settings.model.random_weights:
-        check_first_loss(loss, session.llama.config.vocab_size)
+    model = session.run.settings.model
+    check_first_loss(
+        loss,
+        vocab_size=session.llama.config.vocab_size,
+        source=model.path,
+        random_weights=model.random_weights,
+    )
 
 
 def _is_due(step: int, every: int | None) -> bool:

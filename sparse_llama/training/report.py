@@ -9,23 +9,28 @@ from typing import Any
 from rich.console import Console
 
 from sparse_llama.distributed import ranks
+from sparse_llama.evaluation.exact_match import spread
 from sparse_llama.reporting.tables import format_bytes, format_seconds, format_share, show_columns, show_table
 from sparse_llama.training.checkpoint import Position
 from sparse_llama.training.metrics import device_name, git_commit, peak_memory_bytes, versions
-from sparse_llama.training.session import Session
-from sparse_llama.training.validation import Validation, spread
+from sparse_llama.training.session import Session, count_elements
+from sparse_llama.training.validation import Validation
 
 
 def show_start(console: Console, session: Session) -> None:
     """Print what is about to run, and everything in the configuration that will have no effect."""
     run, settings = session.run, session.run.settings
-    batch = f"{run.global_batch_size} rows = {run.micro_batch_size} x {run.gradient_accumulation_steps} micro-batches"
+    batch = f"{run.global_batch_size} rows = {run.micro_batch_size} x {run.gradient_accumulation_steps}"
+    frozen = sum(count_elements(parameter) for parameter in session.llama.parameters()) - _trainable(session)
     rows = [
-        ("model", f"{settings.model.path}  ({_count(session.llama.num_parameters())} parameters, frozen)"),
+        ("model", f"{settings.model.path}  ({_count(frozen)} parameters, frozen)"),
         ("adapter", f"{settings.adapter.version}  ({_trainable(session):,} trainable parameters)"),
         ("attention", attention_line(session)),
         ("data", f"{settings.data.dataset}  ({len(session.validation_examples)} validation records)"),
-        ("batch", f"{batch} x {ranks.world_size()} process{'es' if ranks.world_size() > 1 else ''}"),
+        (
+            "batch",
+            f"{batch} micro-batches x {ranks.world_size()} process{'es' if ranks.world_size() > 1 else ''}",
+        ),
         ("length", f"{settings.seq_length} tokens{', packed' if settings.data.packing else ''}"),
         ("steps", str(session.total_steps)),
         ("precision", run.precision),
@@ -36,7 +41,7 @@ def show_start(console: Console, session: Session) -> None:
     ]
     show_table(run.name, rows, console)
     show_table("data", session.ledger.rows(), console)
-    for notice in run.notices:
+    for notice in (*run.notices, *session.notices):
         console.print(f"note: {notice}", style="yellow")
 
 
@@ -178,7 +183,7 @@ def _one_line(text: str, width: int = 90) -> str:
 
 
 def _trainable(session: Session) -> int:
-    return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in session.parameters.values())
+    return session.adapter.trainable_parameters
 
 
 def _count(number: int) -> str:

@@ -1,20 +1,32 @@
 """Everything a run needs before its first step, made in the order in which mistakes are cheapest to find."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from sparse_llama.adapters.weights import AdapterFile
+from sparse_llama import __version__
+from sparse_llama.adapters.attach import trainable_parameters
+from sparse_llama.adapters.weights import AdapterFile, BaseModelReference
 from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.run import Run
+from sparse_llama.config.schedule import num_optimizer_steps
 from sparse_llama.data.batches import Batch, Batches
 from sparse_llama.data.ledger import Ledger
+from sparse_llama.data.prepare import PreparedData, prepare_data
 from sparse_llama.data.records import Example
-from sparse_llama.data.tokenizer import Tokenizer
+from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from sparse_llama.distributed import ranks
+from sparse_llama.model.assemble import Assembled, assemble
+from sparse_llama.model.checks import check_logits
+from sparse_llama.model.files import resolve_model
+from sparse_llama.model.llama import read_config
 from sparse_llama.model.objective import TokenLoss
+from sparse_llama.training.engine import start_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,3 +48,118 @@ class Session:
     plan: AttentionPlan
     adapter: AdapterFile
     total_steps: int
+    notices: tuple[str, ...]
+    """What the model and the data have to say, beside ``run.notices``."""
+
+
+def prepare(run: Run, console: Console) -> Session:
+    """Return the session of ``run``: tokenizer and data first, then the model, then the engine.
+
+    Raises:
+        SparseLlamaError: whatever is wrong with the model, the data set, or both together.
+    """
+    settings = run.settings
+    folder = _resolve_on_main_first(settings.model.path, settings.model.revision)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size)
+    console.print(f"reading {settings.data.dataset} ...")
+    data = prepare_data(
+        settings,
+        tokenizer,
+        align=1 if run.sparsity is None else run.sparsity.block,
+        micro_batch_size=run.micro_batch_size,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+    )
+    steps, epochs = settings.training.steps, settings.training.epochs
+    total_steps = steps or num_optimizer_steps(data.batches.num_rows, run.global_batch_size, epochs or 1)
+    schedule = None if run.schedule is None else run.schedule.resolve(total_steps)
+
+    console.print(f"loading {settings.model.path} ...")
+    torch.manual_seed(settings.seed)
+    assembled = assemble(
+        settings,
+        run.sparsity,
+        dtype=DTYPES[run.precision],
+        device=ranks.device(),
+        checkpointing=run.checkpointing,
+        zero3_config=run.deepspeed if run.zero_stage == 3 else None,
+    )
+    llama = assembled.model
+    parameters = dict(trainable_parameters(llama))
+    adapter = _describe(run, parameters)
+    objective = TokenLoss(llama)
+    engine = start_engine(run, objective, llama, schedule)
+    _check_first_logits(run, llama, data)
+    return Session(
+        run=run,
+        engine=engine,
+        objective=objective,
+        llama=llama,
+        parameters=parameters,
+        tokenizer=tokenizer,
+        batches=data.batches,
+        validation_batches=data.validation_batches,
+        validation_examples=data.validation_examples,
+        ledger=data.ledger,
+        plan=assembled.plan,
+        adapter=adapter,
+        total_steps=total_steps,
+        notices=_notices(run, assembled, config.max_position_embeddings),
+    )
+
+
+def _resolve_on_main_first(path: str, revision: str | None) -> Path:
+    """Return the model's folder; the main rank downloads, the others then find it in the cache."""
+    if not ranks.is_main():
+        ranks.barrier()
+    folder = resolve_model(path, revision)
+    if ranks.is_main():
+        ranks.barrier()
+    return folder
+
+
+def _describe(run: Run, parameters: dict[str, nn.Parameter]) -> AdapterFile:
+    settings = run.settings
+    model, master_length = settings.model, settings.attention.master_length
+    assert master_length is not None, "a resolved run has its master length"
+    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    return AdapterFile.model_validate(
+        {
+            "base_model": BaseModelReference(path=model.path, revision=model.revision),
+            "adapter": settings.adapter,
+            "sparse_attention": None if run.sparsity is None else run.sparsity.model_dump(mode="json"),
+            "master_length": master_length,
+            "seed": settings.seed,
+            "seq_length": settings.seq_length,
+            "dtype": dtypes[run.precision],
+            "trainable_parameters": sum(count_elements(parameter) for parameter in parameters.values()),
+            "version": __version__,
+        }
+    )
+
+
+def count_elements(parameter: nn.Parameter) -> int:
+    """Return the elements of the whole parameter, also where ZeRO-3 has left this rank a part of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _check_first_logits(run: Run, llama: LlamaForCausalLM, data: PreparedData) -> None:
+    """Look at the base's first logits before anybody waits for a validation; every rank must call it."""
+    ids = data.validation_batches[0].input_ids[:1, :16].to(ranks.device())
+    with torch.no_grad():
+        logits = llama(input_ids=ids, use_cache=False).logits
+    model = run.settings.model
+    check_logits(logits, source=model.path, random_weights=model.random_weights)
+
+
+def _notices(run: Run, assembled: Assembled, max_positions: int) -> tuple[str, ...]:
+    length = run.settings.seq_length
+    if length <= max_positions:
+        return assembled.notices
+    return (
+        *assembled.notices,
+        f"sparse_llama.seq_length: {length} tokens, but the base was made for {max_positions} "
+        "(max_position_embeddings); it has never seen such positions",
+    )

@@ -10,7 +10,7 @@ from sparse_llama.config.settings import TrainingSettings
 from sparse_llama.data.batches import Batch
 from sparse_llama.data.records import Example
 from sparse_llama.data.tokenizer import Tokenizer
-from sparse_llama.evaluation.exact_match import exact_match
+from sparse_llama.evaluation.exact_match import exact_match, spread
 from sparse_llama.evaluation.loss import mean_token_loss
 from sparse_llama.generation import generate_batch
 
@@ -45,11 +45,3 @@ def validate(
     answers = generate_batch(llama, tokenizer, shown, settings.max_new_tokens) if shown else []
     objective.train(was_training)
     return Validation(loss, matches, answers)
-
-
-def spread(examples: list[Example], count: int) -> list[Example]:
-    """Return ``count`` examples at equal distances, so that a sorted file is not judged by its beginning
-    alone."""
-    if count >= len(examples):
-        return examples
-    return [examples[index * len(examples) // count] for index in range(count)]

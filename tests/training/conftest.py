@@ -83,12 +83,12 @@ DOCUMENT: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
     "gradient_clipping": 1.0,
-    "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.02}},
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.03, "weight_decay": 0.02}},
     "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 2, "total_num_steps": "auto"}},
     "zero_optimization": {"stage": 0},
     "sparse_attention": SPARSE,
     "sparse_llama": {
-        "seq_length": 192,
+        "seq_length": 320,
         "data": {"validation_records": 12},
         "adapter": {"version": "v2", "prompt_length": 4, "start_layer": 1},
         "training": {"steps": 6, "samples": 1, "max_new_tokens": 4, "exact_match_records": 4},
@@ -96,9 +96,16 @@ DOCUMENT: dict[str, Any] = {
 }
 
 
+REMOVED = "(removed)"
+"""As a change: the key is left out."""
+
+
 def merge(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(document)
     for key, value in changes.items():
+        if value == REMOVED:
+            del merged[key]
+            continue
         merged[key] = (
             merge(merged[key], value)
             if isinstance(value, dict) and isinstance(merged.get(key), dict)

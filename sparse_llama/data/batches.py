@@ -1,0 +1,107 @@
+"""Batches as a function of the step: nothing to remember, so a resumed run takes up where it was killed.
+
+``B`` rows of a micro-batch, ``T`` tokens.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from sparse_llama.data.packing import Row
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A micro-batch; (B, T) int64 each."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    """0 where a document starts."""
+    labels: torch.Tensor
+    """Not shifted; -100 is not predicted."""
+
+    @property
+    def num_labelled(self) -> int:
+        """Tokens that are predicted: the first of a row cannot be."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the tensors by the names of the model's arguments."""
+        return {
+            "input_ids": self.input_ids.to(device, non_blocking=True),
+            "position_ids": self.position_ids.to(device, non_blocking=True),
+            "labels": self.labels.to(device, non_blocking=True),
+        }
+
+
+class Batches:
+    """The training rows, in an order that is drawn anew every epoch, shared out among ranks."""
+
+    def __init__(
+        self, rows: list[Row], *, micro_batch_size: int, rank: int, world_size: int, seed: int
+    ) -> None:
+        assert len(rows) > 0
+        self._rows, self._micro, self._rank, self._world = rows, micro_batch_size, rank, world_size
+        self._seed = seed
+        self._epoch_order = lru_cache(maxsize=2)(self._draw_order)  # a step may reach into the next epoch
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def step(self, step_index: int, accumulation: int) -> list[Batch]:
+        """Return this rank's micro-batches of an optimizer step, counted from 0.
+
+        All ranks' together are rows [step G, step G + G) of the epochs laid end to end, G rows a step: the
+        same rows however G is cut into micro-batches and ranks.
+        """
+        global_batch = self._micro * accumulation * self._world
+        first = step_index * global_batch
+        batches: list[Batch] = []
+        for micro_step in range(accumulation):
+            start = first + (micro_step * self._world + self._rank) * self._micro
+            batches.append(collate([self._row(number) for number in range(start, start + self._micro)]))
+        return batches
+
+    def _row(self, number: int) -> Row:
+        epoch, place = divmod(number, len(self._rows))
+        return self._rows[self._epoch_order(epoch)[place]]
+
+    def _draw_order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 % 2**62 + epoch)
+        return torch.randperm(len(self._rows), generator=generator).tolist()
+
+
+def validation_batches(rows: list[Row], *, micro_batch_size: int, rank: int, world_size: int) -> list[Batch]:
+    """Return this rank's share of ``rows`` in order: every row once over all ranks.
+
+    Every rank has as many batches as the others, as ZeRO-3 gathers weights in step: a rank that has run out
+    gets rows without labels.
+    """
+    pieces = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
+    pieces += [[unlabelled(rows[-1])]] * (-len(pieces) % world_size)
+    return [collate(piece) for piece in pieces[rank::world_size]]
+
+
+def unlabelled(row: Row) -> Row:
+    """Return ``row`` with nothing to predict."""
+    return Row(row.ids, row.positions, [IGNORED] * len(row.labels))
+
+
+def collate(rows: list[Row]) -> Batch:
+    """Return rows as one batch, the shorter ones padded at their ends by more positions of their last
+    document.
+
+    Attention is causal, so what stands after a document changes nothing in it.
+    """
+    longest = max(len(row.ids) for row in rows)
+    ids, positions, labels = [], [], []
+    for row in rows:
+        missing, following = longest - len(row.ids), row.positions[-1] + 1
+        ids.append(row.ids + [row.ids[-1]] * missing)  # any id will do; this one is in the vocabulary
+        positions.append(row.positions + list(range(following, following + missing)))
+        labels.append(row.labels + [IGNORED] * missing)
+    return Batch(torch.tensor(ids), torch.tensor(positions), torch.tensor(labels))

@@ -1,0 +1,138 @@
+"""Text to token ids and back, with the very library that the checkpoint's tokenizer was trained with.
+
+Where a checkpoint has a SentencePiece ``tokenizer.model``, ids come from ``sentencepiece`` itself:
+transformers 5 converts such a file to a fast tokenizer of its own and drops OpenLLaMA's normaliser on the
+way. Otherwise they come from ``tokenizer.json``.
+
+Special tokens that occur in text, such as ``</s>``, are text: a data set cannot end a document.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+
+from sparse_llama.errors import DataError
+
+MODEL_NAME, FAST_NAME = "tokenizer.model", "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What the project needs of a tokenizer."""
+
+    bos_id: int | None
+    """Of the beginning of a sequence; None where the tokenizer marks none."""
+    eos_id: int
+    """Of the end of a sequence."""
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, without beginning or end."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ``ids``, without special tokens; an unfinished character is U+FFFD."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A ``tokenizer.model``."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                f"{path}: not a SentencePiece model ({_first_line(error)}); copy it again"
+            ) from error
+        bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if eos_id < 0:
+            raise DataError(f"{path}: has no end-of-sequence token; answers could never end")
+        self.bos_id = bos_id if bos_id >= 0 else None  # SentencePiece's -1 is "none", not an id
+        self.eos_id: int = eos_id
+        self.vocab_size: int = self._processor.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+
+class FastTokenizer:
+    """A ``tokenizer.json``."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as RustTokenizer  # 0.1 s, and LLaMA 1 and 2 never need it
+
+        try:
+            self._tokenizer = RustTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path}: not a tokenizer ({_first_line(error)}); copy it again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.bos_id = self._special(path.parent, "bos")
+        eos_id = self._special(path.parent, "eos")
+        if eos_id is None:
+            raise DataError(
+                f"{path.parent}: no end-of-sequence token in tokenizer_config.json or config.json; "
+                'name it there as "eos_token"'
+            )
+        self.eos_id: int = eos_id
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _special(self, folder: Path, name: str) -> int | None:
+        token = _table(folder / "tokenizer_config.json").get(f"{name}_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            return self._tokenizer.token_to_id(token)
+        named = _table(folder / "config.json").get(f"{name}_token_id")
+        first = named[0] if isinstance(named, list) and named else named
+        return first if isinstance(first, int) else None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    if (folder / MODEL_NAME).is_file():
+        return SentencePieceTokenizer(folder / MODEL_NAME)
+    if (folder / FAST_NAME).is_file():
+        return FastTokenizer(folder / FAST_NAME)
+    raise DataError(f"{folder}: no tokenizer; expected {MODEL_NAME} or {FAST_NAME} beside the weights")
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer that has ids which the model has no embedding for.
+
+    Raises:
+        DataError: as said. A smaller tokenizer is fine: vocabularies are padded.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocabulary is {vocab_size}; "
+            "they are of two models"
+        )
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
