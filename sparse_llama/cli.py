@@ -6,17 +6,23 @@ of a second.
 """
 
 import argparse
+import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from sparse_llama.errors import SparseLlamaError
+from sparse_llama.errors import ConfigError, SparseLlamaError
 
 if TYPE_CHECKING:
     from sparse_llama.config.flags import Overrides
+    from sparse_llama.model.assemble import OpenedModel
+
+DEFAULT_NEW_TOKENS = 256
+MAIN_SPEAKS_WITHIN_S = 10
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,9 +119,205 @@ def train(arguments: argparse.Namespace) -> None:
 
     run = load_run(arguments.ds_config, overrides(arguments), world_size(), is_main=is_main())
 
+    from sparse_llama.distributed import ranks
     from sparse_llama.training.loop import fit  # seconds: torch, transformers, deepspeed
 
-    fit(run)
+    try:
+        fit(run)
+    finally:
+        ranks.finalize()
+
+
+def evaluate_parser(doc: str | None) -> Parser:
+    """Return the parser of ``launch/evaluate.py``: a model, data, and how it is measured."""
+    flags = parser(doc)
+    add_model_flags(flags)
+    add = flags.add_argument
+    add("--data", required=True, metavar="NAME|FILE", help="wikitext2, ptb, c4, a file, or bundled:people")
+    add("--window", type=int, metavar="W", help="tokens read at once (default: the model's length)")
+    add("--stride", type=int, metavar="S", help="tokens between windows (default: the window)")
+    add("--exact_match", type=int, default=0, metavar="N", help="also compare N answers to their records")
+    add("--max_new_tokens", type=int, default=64, metavar="N", help="of an answer that is compared")
+    add("--json", type=Path, metavar="FILE", help="write the result there too")
+    return flags
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure a model on data: a table, and a JSON file where one is asked for."""
+    from sparse_llama.distributed import ranks
+    from sparse_llama.evaluation.evaluate import evaluate, to_json, to_rows
+    from sparse_llama.reporting.tables import show_table
+    from sparse_llama.training.metrics import device_name, git_commit, versions, write_json
+
+    if arguments.json is not None and is_main():
+        _make_room_for(arguments.json)
+    if world_size() > 1:
+        ranks.initialize()
+    try:
+        opened = _open(arguments)
+        result = evaluate(
+            opened,
+            arguments.data,
+            window=arguments.window,
+            stride=arguments.stride,
+            num_answers=arguments.exact_match,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+        if is_main():
+            show_table("evaluation", to_rows(result))
+            if arguments.json is not None:
+                adapter = None if arguments.adapter is None else str(arguments.adapter)
+                asked = {"model": arguments.model, "adapter": adapter, "data": arguments.data}
+                where = {"device": device_name(), "versions": versions(), "git_commit": git_commit()}
+                write_json(arguments.json, to_json(result) | asked | where)
+    finally:
+        ranks.finalize()
+
+
+def generate_parser(doc: str | None) -> Parser:
+    """Return the parser of ``launch/generate.py``: a model, a prompt, and how tokens are chosen."""
+    flags = parser(doc)
+    add_model_flags(flags)
+    add = flags.add_argument
+    add("--prompt", required=True, metavar="TEXT", help="instruction; with --raw, the text to continue")
+    add("--context", default="", metavar="TEXT", help="text that the instruction is about")
+    add("--raw", action="store_true", help="no template; an empty prompt continues the beginning of sequence")
+    add("--max_new_tokens", type=int, metavar="N", help="length at most (default: 256, or what fits)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens of this share")
+    add("--top_k", type=int, default=0, metavar="K", help="draw from this many likeliest tokens; 0 is all")
+    add("--seed", type=int, default=42, metavar="N", help="of the draws")
+    return flags
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Answer a prompt; the answer, as it is written, is all there is on standard output."""
+    if not is_main():
+        return  # one prompt is one process' work
+    if arguments.raw and arguments.context:
+        raise ConfigError("--context: belongs to the template, which --raw leaves out; put it into --prompt")
+    from sparse_llama.data.prompt import alpaca_prompt
+    from sparse_llama.generation import encode_prompt, generate_stream, room_after
+
+    prompt = arguments.prompt if arguments.raw else alpaca_prompt(arguments.prompt, arguments.context)
+    opened = _open(arguments)
+    length = arguments.max_new_tokens
+    if length is None:
+        room = room_after(opened.model, len(encode_prompt(opened.tokenizer, prompt)))
+        length = min(room, DEFAULT_NEW_TOKENS)
+        if room < DEFAULT_NEW_TOKENS:
+            print(f"note: the model has room for an answer of at most {room} tokens", file=sys.stderr)
+    for piece in generate_stream(
+        opened.model,
+        opened.tokenizer,
+        prompt,
+        max_new_tokens=length,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def export_parser(doc: str | None) -> Parser:
+    """Return the parser of ``launch/export.py``: what is exported, where to, and as what."""
+    flags = parser(doc)
+    add = flags.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="a run, its adapter/ or a step_NNNNNN")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    add(
+        "--format",
+        choices=("merged", "native"),
+        default="merged",
+        help="merged (default): a model for transformers; native: the adapter alone",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of merged weights (default: what the run computed in)",
+    )
+    add("--model", metavar="ID|DIR", help="base to merge into (default: the one that the adapter names)")
+    add("--overwrite", action="store_true", help="replace the export in the output folder")
+    return flags
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write an adapter, or a base with its adapter, as others can use it; checked before it is published."""
+    if not is_main():
+        return  # writing files is one process' work
+    if arguments.format == "native":
+        for name in ("dtype", "model"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(
+                    f"--{name}: belongs to --format merged; a native export is the adapter's fp32 tensors as "
+                    "they are"
+                )
+        from sparse_llama.export import export_native
+
+        folder = export_native(arguments.checkpoint, arguments.output, overwrite=arguments.overwrite)
+        print(f"{folder}: the adapter, for --adapter of evaluate.py and generate.py")
+        return
+
+    import torch
+
+    from sparse_llama.export import export_merged
+    from sparse_llama.reporting.tables import show_table
+
+    exported = export_merged(
+        arguments.checkpoint,
+        arguments.output,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        model=arguments.model,
+        overwrite=arguments.overwrite,
+    )
+    show_table("export", exported.rows())
+
+
+def add_model_flags(flags: argparse.ArgumentParser) -> None:
+    """Add what ``open_model`` needs: which model, which adapter, in which precision."""
+    add = flags.add_argument
+    add("--model", metavar="ID|DIR", help="a hub id, a folder, an export, or bundled:tiny-llama")
+    add("--adapter", type=Path, metavar="DIR", help="a run's output folder or its adapter/; names its base")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="to compute in (default: the adapter's run's, or the one in config.json)",
+    )
+    add("--trust_remote_code", action="store_true", help="run modelling code that the model brings")
+
+
+def _open(arguments: argparse.Namespace) -> "OpenedModel":
+    import torch
+
+    from sparse_llama.distributed.ranks import device
+    from sparse_llama.model.assemble import open_model
+
+    return open_model(
+        arguments.model,
+        _adapter_folder(arguments.adapter),
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+        device=device(),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _make_room_for(file: Path) -> None:
+    """Make the folder of a file that is to be written after minutes of work, or say now that it cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise ConfigError(f"--json {file}: cannot be written ({error.strerror}); name a file") from error
+
+
+def _adapter_folder(folder: Path | None) -> Path | None:
+    """Return the adapter's own folder where a run's output folder is given."""
+    if folder is None or (folder / "adapter_config.json").is_file() or not (folder / "adapter").is_dir():
+        return folder
+    return folder / "adapter"
 
 
 def main(
@@ -136,7 +338,8 @@ def main(
         _tell(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _tell("interrupted")
+        if is_main():
+            _tell("interrupted")
         raise SystemExit(130) from None
 
 
@@ -156,5 +359,10 @@ def _resume(value: str) -> Literal["auto"] | Path:
 
 
 def _tell(message: str) -> None:
-    if is_main():
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    line = "error: " + " ".join(message.split())
+    if not is_main():
+        # The launcher ends the job when the first rank ends: the main one, which says the same, must be it.
+        # Still here after that, this rank is the only one with the mistake.
+        time.sleep(MAIN_SPEAKS_WITHIN_S)
+        line += f" (rank {os.environ.get('RANK')})"
+    print(line, file=sys.stderr, flush=True)

@@ -4,15 +4,11 @@ package."""
 from pathlib import Path
 
 _FOLDER = Path(__file__).parents[1] / "demo" / "bundled"
-_BUNDLED = {"bundled:tiny-llama": _FOLDER / "model", "bundled:people": _FOLDER / "data" / "people"}
+MODELS = {"bundled:tiny-llama": _FOLDER / "model"}
+DATASETS = {"bundled:people": _FOLDER / "data" / "people"}
 
 
 def resolve_bundled(name: str) -> Path | None:
     """Return the folder of a ``bundled:`` name; None for every other name. Whether it exists is the reader's
     to check."""
-    return _BUNDLED.get(name)
-
-
-def bundled_names() -> list[str]:
-    """Return the names that ``resolve_bundled`` knows."""
-    return list(_BUNDLED)
+    return (MODELS | DATASETS).get(name)

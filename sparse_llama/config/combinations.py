@@ -39,8 +39,8 @@ def resolve_batch(document: Mapping[str, Any], world_size: int) -> dict[str, int
         processes = f"{world_size} process" + ("" if world_size == 1 else "es")
         raise ConfigError(
             f"train_batch_size: {batch} rows are not train_micro_batch_size_per_gpu "
-            f"({_or_open(document, 1)}) x "
-            f"gradient_accumulation_steps ({_or_open(document, 2)}) x {processes}; change one of them"
+            f"({_or_open(document, 1)}) x gradient_accumulation_steps ({_or_open(document, 2)}) x "
+            f"{processes}; change one of them"
         )
     return dict(zip(BATCH_KEYS, (batch, micro, steps), strict=True))
 
@@ -101,11 +101,11 @@ def check_zero(checked: Document, optimizer: str) -> None:
             if block is not None and block.device == "nvme" and not block.nvme_path:
                 raise ConfigError(
                     f'zero_optimization.{name}.nvme_path: missing; device "nvme" needs a folder on the '
-                    "drive, "
-                    "here or by --nvme_path"
+                    "drive, here or by --nvme_path"
                 )
-        if "nvme" in devices.values():
-            require_libaio()
+        for name, device in devices.items():
+            if device == "nvme":
+                require_libaio(f"zero_optimization.{name}.device")
     if devices["offload_optimizer"] != "none" and optimizer not in OFFLOADABLE:
         raise ConfigError(
             f"optimizer.type: {optimizer} cannot be offloaded; use {' or '.join(OFFLOADABLE)}, or drop "
@@ -114,21 +114,21 @@ def check_zero(checked: Document, optimizer: str) -> None:
     if zero.stage > 0 and optimizer not in ZERO_TESTED and not checked.zero_allow_untested_optimizer:
         raise ConfigError(
             f"optimizer.type: DeepSpeed has not tested {optimizer} with ZeRO; use stage 0 or "
-            f"{', '.join(ZERO_TESTED)}, "
-            'or add "zero_allow_untested_optimizer": true'
+            f'{", ".join(ZERO_TESTED)}, or add "zero_allow_untested_optimizer": true'
         )
 
 
-def require_libaio() -> None:
-    """Refuse NVMe offload where the library that reads and writes the drive is not installed.
+def require_libaio(key: str) -> None:
+    """Refuse NVMe offload, asked for by ``key``, where the library that DeepSpeed reads and writes the drive
+    with is not installed.
 
     Raises:
         ConfigError: naming the package.
     """
     if ctypes.util.find_library("aio") is None:
         raise ConfigError(
-            "offload to nvme needs libaio, which is not installed; install the package libaio-dev "
-            "(libaio-devel on Fedora and RHEL), or offload to cpu"
+            f'{key}: "nvme" needs libaio, which is not installed; install the package libaio-dev '
+            '(libaio-devel on Fedora and RHEL), or use "cpu"'
         )
 
 
@@ -143,8 +143,7 @@ def check_lengths(settings: Settings, sparsity: Sparsity | None) -> None:
     if master < settings.seq_length:
         raise ConfigError(
             f"sparse_llama.attention.master_length: {master} tokens are fewer than seq_length, "
-            f"{settings.seq_length}; "
-            f"use at least {settings.seq_length}, or leave it out"
+            f"{settings.seq_length}; use at least {settings.seq_length}, or leave it out"
         )
     if sparsity is None:
         return
@@ -153,7 +152,6 @@ def check_lengths(settings: Settings, sparsity: Sparsity | None) -> None:
     if needed > num_blocks:
         raise ConfigError(
             f"sparse_attention.{key}: {needed} blocks of {sparsity.block}, but a layout of {master} tokens "
-            "has "
-            f"{num_blocks}; use at most {num_blocks}, or sparse_llama.attention.master_length >= "
+            f"has {num_blocks}; use at most {num_blocks}, or sparse_llama.attention.master_length >= "
             f"{(needed - 1) * sparsity.block + 1}"
         )

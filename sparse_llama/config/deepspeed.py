@@ -10,12 +10,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sparse_llama.config.optimizer import Optimizer, parse_optimizer
+from sparse_llama.config.optimizer import OPTIMIZERS, Optimizer, parse_optimizer
 from sparse_llama.config.removed import find_key, refuse_auto, refuse_by_name
-from sparse_llama.config.schedule import Scheduler, parse_scheduler
-from sparse_llama.config.section import IntegralInt, Section, join_path, only, suggest
+from sparse_llama.config.schedule import SCHEDULERS, Scheduler, parse_scheduler
+from sparse_llama.config.section import (
+    COMMENT_HINT,
+    IntegralInt,
+    Section,
+    UnknownKeyError,
+    join_path,
+    only,
+    suggest,
+)
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.sparsity import parse_sparsity
+from sparse_llama.config.sparsity import MODES, parse_sparsity
 from sparse_llama.config.zero import AsyncIO, ZeroOptimization
 from sparse_llama.errors import ConfigError
 
@@ -170,12 +178,12 @@ class ParallelWrite(Section):
 class CheckpointWriter(Section):
     """``checkpoint.writer``."""
 
-    type: str | None = None
+    type: Literal["mock", "python", "fast", "MOCK", "PYTHON", "FAST"] | None = None
     decoupled: bool = False
     io_buffer_size: IntegralInt = Field(default=64 * 2**20, ge=1)
     io_buffer_double: bool = True
     show_statistics: bool = False
-    data_parallel: str | None = None
+    data_parallel: Literal["replica", "socket", "machine", "REPLICA", "SOCKET", "MACHINE"] | None = None
     io_multiplier: int = Field(default=1, ge=1)
 
 
@@ -286,6 +294,14 @@ class Document(Section):
     vocabulary_size: _Positive | None = None
 
 
+_CHOSEN: dict[str, Mapping[str, type[Section]]] = {
+    "optimizer.params": OPTIMIZERS,
+    "scheduler.params": SCHEDULERS,
+    "sparse_attention": MODES,
+}
+"""Blocks whose keys depend on a type or a mode that the document names."""
+
+
 def check_document(document: Mapping[str, Any]) -> Document:
     """Return the checked document; relations between blocks are ``run.py``'s to check, after the flags.
 
@@ -296,7 +312,18 @@ def check_document(document: Mapping[str, Any]) -> Document:
     for key in document:
         if key not in Document.model_fields:
             raise ConfigError(f"{join_path('', key)}: unknown key{_home_of(key)}")
+    try:
+        checked = _parse_blocks(document)
+    except UnknownKeyError:
+        raise
+    except ConfigError:
+        refuse_auto(document)  # "must be an integer" is true of it, but no help
+        raise
     refuse_auto(document)
+    return checked
+
+
+def _parse_blocks(document: Mapping[str, Any]) -> Document:
     checked = Document.parse(document)
     if checked.optimizer is not None:
         parse_optimizer(document["optimizer"])
@@ -308,10 +335,12 @@ def check_document(document: Mapping[str, Any]) -> Document:
 
 
 def _home_of(key: str) -> str:
-    """Return where an unknown top-level key belongs: a similar key, the same key in a block, or nothing
-    known."""
+    """Return where an unknown top-level key belongs: a similar key, or the same key in a block."""
     near = suggest(key, Document.model_fields)
     if near:
         return near
     home = find_key(Document, key)
-    return f"; did you mean {home!r}?" if home is not None else ""
+    for path, sections in _CHOSEN.items():
+        if home is None and any(key in section.model_fields for section in sections.values()):
+            home = f"{path}.{key}"
+    return COMMENT_HINT if home is None else f"; did you mean {home!r}?"

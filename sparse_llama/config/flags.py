@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparse_llama.config.settings import check_name
+from sparse_llama.config.settings import check_dataset, check_model
 from sparse_llama.errors import ConfigError
 
 OFFLOADS = ("none", "cpu", "nvme")
@@ -42,7 +42,7 @@ def check_flags(flags: Overrides) -> None:
     for name, least in (("seq_length", 2), ("steps", 1), ("epochs", 1), ("seed", 0)):
         value = getattr(flags, name)
         if value is not None and not least <= value < 2**63:
-            raise ConfigError(f"--{name}: must be >= {least}, got {value}")
+            raise ConfigError(f"--{name}: must be >= {least} and < 2**63, got {value}")
     if flags.lr is not None and not 0 < flags.lr < float("inf"):
         raise ConfigError(f"--lr: must be > 0, got {flags.lr}")
     choices: tuple[tuple[str, tuple[object, ...]], ...] = (
@@ -55,11 +55,11 @@ def check_flags(flags: Overrides) -> None:
         value = getattr(flags, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"--{name}: must be one of {', '.join(map(str, allowed))}, got {value}")
-    for name in ("model", "dataset"):
+    for name, check in (("model", check_model), ("dataset", check_dataset)):
         value = getattr(flags, name)
         if value is not None:
             try:
-                check_name(value)
+                check(value)
             except ValueError as error:
                 raise ConfigError(f"--{name}: {error}") from None
     if flags.steps is not None and flags.epochs is not None:
@@ -103,8 +103,7 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
     elif flags.attention == "sparse" and merged.get("sparse_attention") is None:
         raise ConfigError(
             "--attention sparse: the document has no sparse_attention block; add one, such as "
-            '"sparse_attention": '
-            '{"mode": "bslongformer", "block": 16, "num_sliding_window_blocks": 17, "attention": '
+            '"sparse_attention": {"mode": "bslongformer", "num_sliding_window_blocks": 15, "attention": '
             '"unidirectional"}'
         )
     if flags.lr is not None:

@@ -25,15 +25,18 @@ INERT_KEYS = {
     "checkpoint": "checkpoints are this project's own, see sparse_llama.training.save_every",
     "compile": "the model is not compiled",
     "dataloader_drop_last": "the data loader is this project's own",
+    "disable_allgather": "DeepSpeed reads it nowhere",
     "hybrid_engine": "it is off",
     "seq_parallel_communication_data_type": "there is one sequence-parallel rank",
     "sequence_parallel_size": "1 is no sequence parallelism",
     "torch_autocast": "it is off",
     "vocabulary_size": "the model's own is used",
-    "zero_force_ds_cpu_optimizer": "it is about optimizers made in code, and this one comes from the document",
+    "zero_force_ds_cpu_optimizer": "it is about optimizers made in code, and this one is from the document",
 }
 """Top-level keys that nothing reads, whatever they hold, with the reason; values that would act are refused
 earlier."""
+LOGGED_KEYS = ("comms_logger", "dump_state", "steps_per_print", "wall_clock_breakdown")
+"""Top-level keys that write to DeepSpeed's log, which is off unless ``log_level`` turns it on."""
 _NVME_ONLY = (
     "nvme_path",
     "buffer_count",
@@ -72,8 +75,11 @@ def drop_inert(deepspeed: dict[str, Any]) -> None:
     for key in INERT_KEYS:
         deepspeed.pop(key, None)
     for key in SWITCHED_BLOCKS:
-        if key in deepspeed and not deepspeed[key].get("enabled", False):
-            del deepspeed[key]
+        if not _is_on(deepspeed.get(key)):
+            deepspeed.pop(key, None)
+    if not _logs(deepspeed):
+        for key in LOGGED_KEYS:
+            deepspeed.pop(key, None)
     zero = deepspeed["zero_optimization"]
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device", "none") == "none" or (
@@ -88,9 +94,12 @@ def drop_inert(deepspeed: dict[str, Any]) -> None:
 
 def _blocks(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:
     for key in SWITCHED_BLOCKS:
-        if key in merged and not merged[key].get("enabled", False):
+        if key in merged and not _is_on(merged[key]):
             why = "it is off" if "enabled" in merged[key] else 'it is off without "enabled": true'
             yield f"{key}: no effect; {why}"
+    for key in LOGGED_KEYS:
+        if _is_on(merged.get(key)) and not _logs(merged):
+            yield f'{key}: no effect; DeepSpeed\'s log is off without "log_level": "info"'
     for key, why in INERT_KEYS.items():
         if merged.get(key) is not None:
             yield f"{key}: no effect; {why}"
@@ -107,7 +116,7 @@ def _zero(zero: Mapping[str, Any]) -> Iterator[str]:
         if device == "none" and block:
             yield f'zero_optimization.{name}: no effect; its device is "none"'
         elif name == "offload_param" and block and stage < 3:
-            yield f"zero_optimization.offload_param: no effect at stage {stage}; parameters are offloaded at stage 3"
+            yield f"zero_optimization.{name}: no effect at stage {stage}; stage 3 offloads parameters"
         elif unused:
             yield f"zero_optimization.{name}: no effect of {', '.join(unused)}; only nvme uses them"
         if "cpuadam_cores_perc" in block:
@@ -123,7 +132,8 @@ def _zero(zero: Mapping[str, Any]) -> Iterator[str]:
     elif stage < 3:
         unread = [key for key in zero if key in STAGE3_KEYS and key not in offload]
         if unread:
-            yield f"zero_optimization: no effect of {', '.join(unread)} at stage {stage}; only stage 3 reads them"
+            keys = ", ".join(unread)
+            yield f"zero_optimization: no effect of {keys} at stage {stage}; only stage 3 reads them"
 
 
 def _schedule(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:
@@ -138,9 +148,15 @@ def _schedule(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:
     if lr is not None and scheduler.get("type") in ("OneCycle", "LRRangeTest"):
         yield f"optimizer.params.lr: no effect; scheduler {scheduler['type']} sets the learning rate"
     if lr is not None and peak not in (None, AUTO, lr):
-        yield f'optimizer.params.lr: no effect; scheduler.params.warmup_max_lr, {peak}, wins; make it "auto" to agree'
+        yield (
+            f"optimizer.params.lr: no effect; scheduler.params.warmup_max_lr, {peak}, wins; "
+            'make it "auto" to agree'
+        )
     if steps is not None and total not in (None, AUTO, steps):
-        yield f'scheduler.params.total_num_steps: {total}, but the run has {steps} steps; "auto" follows the run'
+        yield (
+            f"scheduler.params.total_num_steps: {total}, but the run has {steps} steps; "
+            '"auto" follows the run'
+        )
 
 
 def _attention(
@@ -158,14 +174,13 @@ def _attention(
     if getattr(sparsity, "attention", None) == "bidirectional":
         yield (
             'sparse_attention.attention: "bidirectional" keeps its blocks, but no token of a causal model '
-            "sees a later "
-            "one: the causal mask is intersected"
+            "sees a later one: the causal mask is intersected"
         )
     patterns = getattr(sparsity, "num_different_global_patterns", 1) + getattr(
         sparsity, "num_random_blocks", 0
     )
     if getattr(sparsity, "different_layout_per_head", False) and patterns == 1:
-        yield "sparse_attention.different_layout_per_head: no effect; nothing differs between heads in this layout"
+        yield "sparse_attention.different_layout_per_head: no effect; this layout is the same for all heads"
 
 
 def _settings(block: Mapping[str, Any], settings: Settings) -> Iterator[str]:
@@ -182,6 +197,15 @@ def _settings(block: Mapping[str, Any], settings: Settings) -> Iterator[str]:
         and "max_new_tokens" in block.get("training", {})
     ):
         yield "sparse_llama.training.max_new_tokens: no effect; samples and exact_match_records are 0"
+
+
+def _is_on(value: object) -> bool:
+    """Return whether a key is given and neither false nor a block that is not enabled."""
+    return bool(value.get("enabled", False)) if isinstance(value, Mapping) else bool(value)
+
+
+def _logs(merged: Mapping[str, Any]) -> bool:
+    return merged.get("log_level") in ("debug", "info")
 
 
 def _uses_nvme(zero: Mapping[str, Any]) -> bool:

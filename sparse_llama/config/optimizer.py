@@ -41,9 +41,9 @@ class AdamW(Adam):
 
 
 class Lion(_Optimizer):
-    """Lion (arXiv:2302.06675)."""
+    """Lion (arXiv:2302.06675); the second beta is DeepSpeed's default, the paper's is 0.99."""
 
-    betas: _Betas = (0.9, 0.99)
+    betas: _Betas = (0.9, 0.999)
 
 
 class Adagrad(_Optimizer):

@@ -2,7 +2,7 @@
 filled in."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -118,8 +118,9 @@ def load_run(path: Path | None, overrides: Overrides, world_size: int, *, is_mai
     assert world_size >= 1
     config_path = EMBEDDED if path is None else path
     label = "the embedded cpu_demo.json" if path is None else str(path)
-    file = _in_file(label, lambda: read_document(config_path))
-    written = _in_file(label, lambda: check_document(file)).sparse_llama
+    read = _in_file(label, lambda: read_document(config_path))
+    written = _in_file(label, lambda: check_document(read)).sparse_llama
+    file = _without_null(read)
     check_flags(overrides)
     merged = apply_flags(file, overrides)
     run = _in_file(label, lambda: _resolve(config_path, file, merged, overrides, world_size, written))
@@ -128,7 +129,8 @@ def load_run(path: Path | None, overrides: Overrides, world_size: int, *, is_mai
 
 
 def check_output_dir(run: Run, *, is_main: bool) -> None:
-    """Refuse an output folder that holds another run, unless this one continues or replaces it.
+    """Refuse an output folder that holds another run, unless this one continues or replaces it; and to resume
+    where nothing is.
 
     Raises:
         ConfigError: as said; never on ranks other than the main one.
@@ -141,6 +143,16 @@ def check_output_dir(run: Run, *, is_main: bool) -> None:
         raise ConfigError(
             f"{run.output_dir}: holds another run; continue it with --resume, replace it with --overwrite, "
             "or name another folder with --output_dir"
+        )
+    checkpoints = run.output_dir / "checkpoints"
+    if run.resume == "auto" and not checkpoints.is_dir():
+        raise ConfigError(
+            f"--resume: {checkpoints} does not exist; leave --resume out, or name the run's folder with "
+            "--output_dir"
+        )
+    if isinstance(run.resume, Path) and not run.resume.is_dir():
+        raise ConfigError(
+            f"--resume {run.resume}: no such folder; name that of a checkpoint, or use --resume alone"
         )
 
 
@@ -174,8 +186,6 @@ def _resolve(
     drop_inert(deepspeed)
     if schedule is not None:
         deepspeed.pop("scheduler", None)
-    # null is how a document says "not given"; DeepSpeed takes it for a value in half of its blocks
-    deepspeed = {key: value for key, value in deepspeed.items() if value is not None}
     return Run(
         name=config_path.stem,
         deepspeed=deepspeed,
@@ -204,6 +214,15 @@ def _fill_in(settings: Settings, written: Settings) -> Settings:
         longest = max(settings.seq_length, written.seq_length)
         attention = attention.model_copy(update={"master_length": longest})
     return settings.model_copy(update={"training": training, "attention": attention})
+
+
+def _without_null(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``block`` without its nulls, which say "not given"; DeepSpeed takes some of them for values."""
+    return {
+        key: _without_null(value) if isinstance(value, Mapping) else value
+        for key, value in block.items()
+        if value is not None
+    }
 
 
 def _in_file(label: str, step: Callable[[], Checked]) -> Checked:

@@ -15,18 +15,20 @@ The shapes are those of DeepSpeed's ``WarmupLR``, ``WarmupDecayLR`` and ``Warmup
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sparse_llama.config.section import Section, suggest
+from sparse_llama.config.section import Section, either, suggest
 from sparse_llama.errors import ConfigError
 
 AUTO = "auto"
 DEFAULT_WARMUP_SHARE = 20  # one step in 20, 5%
 WarmupType = Literal["log", "linear"]
-AutoInt = Literal["auto"] | int
-AutoFloat = Literal["auto"] | float
+StepsOrAuto = Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], either('an integer >= 1 or "auto"')]
+RateOrAuto = Annotated[
+    Literal["auto"] | Annotated[float, Field(gt=0)] | None, either('a number > 0 or "auto"')
+]
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,11 @@ def learning_rate(schedule: Schedule, step: int) -> float:
         # log: DeepSpeed's log(step) / log(warmup) with both moved on by one, so that step 1 is not log(1) = 0
         share = linear if schedule.warmup_type == "linear" else math.log(step + 1) / math.log(warmup + 1)
         return schedule.min_lr + rise * share
+    peak_step = max(warmup, 1)  # without a warm-up, which only a run of one step has, step 1 is the peak
     if schedule.type == "WarmupDecayLR":
-        # With a warm-up, step `warmup` is the peak; without one, step 1 is.
-        peak = max(warmup, 1)
-        return schedule.min_lr + rise * max(0.0, (total + 1 - step) / (total + 1 - peak))
+        return schedule.min_lr + rise * max(0.0, (total + 1 - step) / (total + 1 - peak_step))
     if schedule.type == "WarmupCosineLR":
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        progress = min(1.0, (step - peak_step) / max(1, total - peak_step))
         share = (1 + math.cos(math.pi * progress)) / 2
         return schedule.max_lr * (schedule.cos_min_ratio + (1 - schedule.cos_min_ratio) * share)
     return schedule.max_lr
@@ -108,19 +109,19 @@ class WarmupLR(_Warmup):
     """``WarmupLR``: rise to the peak, then stay."""
 
     warmup_min_lr: float = Field(default=0.0, ge=0)
-    warmup_max_lr: AutoFloat | None = None
+    warmup_max_lr: RateOrAuto = None
 
 
 class WarmupDecayLR(WarmupLR):
     """``WarmupDecayLR``: rise, then fall linearly."""
 
-    total_num_steps: AutoInt = AUTO
+    total_num_steps: StepsOrAuto = AUTO
 
 
 class WarmupCosineLR(_Warmup):
     """``WarmupCosineLR``: rise, then fall along half a cosine."""
 
-    total_num_steps: AutoInt = AUTO
+    total_num_steps: StepsOrAuto = AUTO
     warmup_min_ratio: float = Field(default=0.0, ge=0, le=1)
     cos_min_ratio: float = Field(default=1e-4, ge=0, le=1)
 
@@ -174,12 +175,7 @@ def parse_scheduler(block: object) -> tuple[str, Section]:
         raise ConfigError(
             f"scheduler.type: no scheduler is called {scheduler.type!a}{suggest(scheduler.type, SCHEDULERS)}"
         )
-    params = SCHEDULERS[scheduler.type].parse(scheduler.params, "scheduler.params")
-    for key, least in (("total_num_steps", 1), ("warmup_max_lr", 0)):
-        value = getattr(params, key, None)
-        if isinstance(value, int | float) and value < least:
-            raise ConfigError(f"scheduler.params.{key}: must be >= {least}, got {value}")
-    return scheduler.type, params
+    return scheduler.type, SCHEDULERS[scheduler.type].parse(scheduler.params, "scheduler.params")
 
 
 def make_schedule(block: dict[str, Any] | None, lr: float) -> Schedule | None:

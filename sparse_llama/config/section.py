@@ -10,7 +10,15 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from sparse_llama.errors import ConfigError
 
@@ -27,6 +35,10 @@ _TYPES = {
     "model_attributes": "an object",
     "none": "null",
 }
+
+
+class UnknownKeyError(ConfigError):
+    """A block has a key that nobody knows."""
 
 
 class Section(BaseModel):
@@ -48,10 +60,11 @@ class Section(BaseModel):
         try:
             return cls.model_validate(block)
         except ValidationError as error:
-            raise ConfigError(explain(error, cls, path)) from None
+            unknown = any(mistake["type"] == "extra_forbidden" for mistake in error.errors())
+            raise (UnknownKeyError if unknown else ConfigError)(explain(error, cls, path)) from None
 
     @classmethod
-    def keys(cls) -> list[str]:
+    def known_keys(cls) -> list[str]:
         """Return the keys that a document may use, historical spellings included."""
         names = {name: None for name in cls.model_fields}
         names |= {field.alias: None for field in cls.model_fields.values() if field.alias is not None}
@@ -76,6 +89,19 @@ def only(allowed: object, because: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def either(wanted: str) -> WrapValidator:
+    """Return a validator that tells the mistakes of a union as one, ``must be`` and what is ``wanted``;
+    pydantic tells one for every member, with the member's name in the key path."""
+
+    def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {wanted}, got {show(value)}") from None
+
+    return WrapValidator(check)
 
 
 def _as_tuple(value: object) -> object:
@@ -108,6 +134,9 @@ def join_path(path: str, *parts: str | int) -> str:
     return path
 
 
+COMMENT_HINT = '; leave it out, or start it with "_" to make it a comment'
+
+
 def suggest(key: str, candidates: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the nearest candidate, the list of all where none is near and it is
     short."""
@@ -128,8 +157,14 @@ def explain(error: ValidationError, section: type[Section], path: str) -> str:
     where = join_path(path, *location) or "the document"
     kind, context, found = mistake["type"], mistake.get("ctx", {}), show(mistake["input"])
     if kind == "extra_forbidden":
-        key = str(location[-1])
-        return f"{where}: unknown key{suggest(key, _keys_at(section, location[:-1]))}"
+        key, known = str(location[-1]), _keys_at(section, location[:-1])
+        if key in known:
+            other = next(name for name in known if name.endswith(f"_{key}"))
+            return f"{where}: given twice, also as {other}; keep one of them"
+        return f"{where}: unknown key{suggest(key, known) or COMMENT_HINT}"
+    if kind == "missing" and isinstance(location[-1], int):
+        where = join_path(path, *location[:-1])
+        return f"{where}: must have more than {location[-1]} {_entries(location[-1])}, got {found}"
     if kind == "missing":
         return f"{where}: missing; this key is required"
     if kind == "value_error":
@@ -159,9 +194,12 @@ def _literals(context: Mapping[str, Any]) -> list[str]:
 
 
 def _length(context: Mapping[str, Any]) -> str:
-    if "min_length" in context:
-        return f"at least {context['min_length']} entries"
-    return f"at most {context['max_length']} entries"
+    bound, number = ("at least", "min_length") if "min_length" in context else ("at most", "max_length")
+    return f"{bound} {context[number]} {_entries(context[number])}"
+
+
+def _entries(number: int) -> str:
+    return "entry" if number == 1 else "entries"
 
 
 def _keys_at(section: type[Section], location: list[str | int]) -> list[str]:
@@ -174,7 +212,7 @@ def _keys_at(section: type[Section], location: list[str | int]) -> list[str]:
         if inner is None:
             return []
         section = inner
-    return section.keys()
+    return section.known_keys()
 
 
 def _section_in(annotation: object) -> type[Section] | None:

@@ -1,27 +1,44 @@
 """The ``sparse_llama`` block: what a run needs and DeepSpeed has no word for."""
 
-from typing import Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from sparse_llama.config.bundled import bundled_names, resolve_bundled
-from sparse_llama.config.section import Section, suggest
+from sparse_llama.config.bundled import DATASETS, MODELS
+from sparse_llama.config.section import Section, show, suggest
 
 
-def check_name(name: str) -> str:
-    """Return ``name`` if it can be a model or a data set; raises ValueError for an empty or unknown bundled
-    one."""
-    if name.strip() == "":
-        raise ValueError("must name something, got an empty string")
-    if name.startswith("bundled:") and resolve_bundled(name) is None:
-        raise ValueError(f"nothing bundled is called {name!r}{suggest(name, bundled_names())}")
+def check_model(name: str) -> str:
+    """Return ``name`` if it can be a model's: a hub id, a path, or one of ``MODELS``.
+
+    Raises:
+        ValueError: it cannot; without a key path, which is the caller's to know.
+    """
+    return _check_name(name, "model", MODELS)
+
+
+def check_dataset(name: str) -> str:
+    """Return ``name`` if it can be a data set's; raises as ``check_model``."""
+    return _check_name(name, "data set", DATASETS)
+
+
+def _check_name(name: str, kind: str, bundled: Iterable[str]) -> str:
+    if name.strip() == "" or not name.isprintable():
+        raise ValueError(f"must be a hub id, a path or {', '.join(bundled)}, got {show(name)}")
+    if name.startswith("bundled:") and name not in bundled:
+        raise ValueError(f"no bundled {kind} is called {show(name)}{suggest(name, bundled)}")
     return name
+
+
+ModelName = Annotated[str, AfterValidator(check_model)]
+DatasetName = Annotated[str, AfterValidator(check_dataset)]
 
 
 class ModelSettings(Section):
     """Which LLaMA is adapted."""
 
-    path: str = "bundled:tiny-llama"
+    path: ModelName = "bundled:tiny-llama"
     """A hub id, a local folder, or ``bundled:tiny-llama``."""
 
     revision: str | None = None
@@ -34,19 +51,14 @@ class ModelSettings(Section):
     trust_remote_code: bool = False
     """Run modelling code that the model's folder brings."""
 
-    @model_validator(mode="after")
-    def _path_names_a_model(self) -> Self:
-        check_name(self.path)
-        return self
-
 
 class DataSettings(Section):
     """What the run trains and validates on."""
 
-    dataset: str = "bundled:people"
+    dataset: DatasetName = "bundled:people"
     """A hub id, a local file or folder, or ``bundled:people``."""
 
-    validation: str | None = None
+    validation: DatasetName | None = None
     """Another such name for validation; null is the data set's own validation split, or records split off."""
 
     validation_records: int | None = Field(default=None, ge=1)
@@ -63,13 +75,6 @@ class DataSettings(Section):
 
     max_records: int | None = Field(default=None, ge=1)
     """Training records to use at most; null is all."""
-
-    @model_validator(mode="after")
-    def _dataset_names_data(self) -> Self:
-        for name in (self.dataset, self.validation):
-            if name is not None:
-                check_name(name)
-        return self
 
 
 class AdapterSettings(Section):

@@ -1,9 +1,11 @@
 """The ``sparse_attention`` block: DeepSpeed's historical schema, one class per mode.
 
-Keys, defaults and refusals are those of ``deepspeed/ops/sparse_attention/sparsity_config.py`` up to 0.19.6,
-with two differences: ``attention`` works in every mode that has a direction (DeepSpeed's JSON parser dropped
-it for ``bigbird`` and ``bslongformer``), and ``local_sliding_window`` can be asked for at all. A key of
-another mode is a mistake, not a shrug.
+Keys and defaults are those of DeepSpeed's JSON parser up to 0.19.6 (``get_sparse_attention`` in
+``runtime/config.py``), refusals those of its classes (``ops/sparse_attention/sparsity_config.py``). The two
+agree on every default but one: a ``bigbird`` block without ``num_random_blocks`` had none, a
+``BigBirdSparsityConfig()`` made in code had 1. Two differences: ``attention`` works in every mode that has a
+direction (the parser dropped it for ``bigbird`` and ``bslongformer``), and ``local_sliding_window``, which
+existed in code only, can be asked for at all. A key of another mode is a mistake, not a shrug.
 """
 
 from collections.abc import Mapping
@@ -70,8 +72,7 @@ class FixedSparsity(_PerHead):
         if patterns > local // in_window:
             raise ValueError(
                 f"num_different_global_patterns ({patterns}) must be at most num_local_blocks / "
-                "num_global_blocks "
-                f"({local} / {in_window} = {local // in_window})"
+                f"num_global_blocks ({local} / {in_window} = {local // in_window})"
             )
         return self
 
@@ -101,7 +102,7 @@ class BigBirdSparsity(_PerHead):
     """A sliding window, the first blocks global, random blocks (Zaheer et al. 2020, arXiv:2007.14062)."""
 
     mode: Literal["bigbird"] = "bigbird"
-    num_random_blocks: int = Field(default=1, ge=0)
+    num_random_blocks: int = Field(default=0, ge=0)
     num_sliding_window_blocks: int = Field(default=3, ge=1)
     num_global_blocks: int = Field(default=1, ge=0)
     attention: Attention = "bidirectional"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from sparse_llama.config.section import IntegralInt, Section, only
+from sparse_llama.config.section import IntegralInt, Section, either, only
 
 Device = Literal["none", "cpu", "nvme"]
 Count = Annotated[IntegralInt, Field(ge=0)]
@@ -44,12 +44,15 @@ class OffloadOptimizer(Section):
     cpuadam_cores_perc: Annotated[float, Field(ge=0, le=1)] = 0.8
 
 
+_Names = Annotated[str | list[str], either("a string or a list of strings")]
+
+
 class LeafModule(Section):
     """``zero_optimization.leaf_module``: modules that stage 3 gathers whole."""
 
-    classes: str | list[str] = []
-    names: str | list[str] = []
-    name_suffixes: str | list[str] = []
+    classes: _Names = []
+    names: _Names = []
+    name_suffixes: _Names = []
 
 
 class ZeroOptimization(Section):
@@ -116,7 +119,7 @@ class AsyncIO(Section):
     intra_op_parallelism: Annotated[int, Field(ge=1)] = 1
     single_submit: bool = False
     overlap_events: bool = True
-    use_gds: bool = False
+    use_gds: Annotated[bool, only(False, "GPUDirect storage is not tested here")] = False
 
 
 STAGE3_KEYS = frozenset(

@@ -6,9 +6,12 @@ command runs as the only process of a job of one, on a port that the kernel pick
 
 import os
 import socket
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Item = TypeVar("Item")
 
 
 def rank() -> int:
@@ -75,6 +78,22 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+
+def own_share(items: list[Item]) -> list[Item]:
+    """Return every n-th of ``items``, so that n processes do each once; all without a process group."""
+    if not dist.is_initialized():
+        return items
+    return items[rank() :: world_size()]
+
+
+def broadcast_from_main(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the main process' ``tensor`` on every process; the tensor itself with one process."""
+    if not dist.is_initialized() or world_size() == 1:
+        return tensor
+    same = tensor.clone()
+    dist.broadcast(same, src=0)
+    return same
 
 
 def _free_port() -> int:

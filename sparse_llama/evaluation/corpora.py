@@ -1,0 +1,130 @@
+"""What a model is measured on: text that is read as it stands, or records with prompts and responses.
+
+Three corpora go by the names and the joins that published perplexities of LLaMA use (GPTQ, arXiv:2210.17323,
+``datautils.py``), so that numbers can be compared. ``datasets`` runs no code of a data set any more; PTB,
+which is one file of code on the hub, is read from the parquet file that the hub made of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_llama.config.section import suggest
+from sparse_llama.config.settings import DataSettings
+from sparse_llama.data.records import Example
+from sparse_llama.data.sources import Found, open_source
+from sparse_llama.errors import DataError
+
+_BETWEEN_DOCUMENTS = "\n\n"
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Rows of a hub data set that are joined to one text."""
+
+    arguments: tuple[str, ...]
+    """Of ``datasets.load_dataset``: the data set and its configuration."""
+    split: str
+    column: str
+    join: str
+    data_files: dict[str, str] | None = None
+    num_rows: int | None = None
+    """The first rows alone; None is all."""
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText(("Salesforce/wikitext", "wikitext-2-raw-v1"), "test", "text", "\n\n"),
+    "ptb": HubText(
+        ("parquet",),
+        "test",
+        "sentence",
+        " ",
+        data_files={
+            "test": "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet"
+            "/penn_treebank/test/0000.parquet"
+        },
+    ),
+    # of 45,576 documents in this file; the first 1,100 are about 256 windows of 2,048 tokens
+    "c4": HubText(
+        ("allenai/c4",),
+        "validation",
+        "text",
+        " ",
+        data_files={"validation": "en/c4-validation.00000-of-00008.json.gz"},
+        num_rows=1100,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Either text or examples, and where they are from."""
+
+    source: str
+    text: str | None = None
+    examples: tuple[Example, ...] = ()
+    malformed: tuple[str, ...] = ()
+    """Where, and why, for each record that was skipped."""
+
+
+def read_corpus(name: str) -> Corpus:
+    """Return ``wikitext2``, ``ptb``, ``c4``, or what a file, a folder, a hub id or ``bundled:people`` holds.
+
+    Documents without a prompt are one text, with a blank line between them; a ``.txt`` file is one document.
+    Of a data set that sets records apart for validation, only those are measured on.
+
+    Raises:
+        DataError: there is no such data, it cannot be had now, or it cannot be read.
+    """
+    if name in HUB_TEXTS:
+        return _from_hub(name, HUB_TEXTS[name])
+    if not Path(name).expanduser().exists() and not any(mark in name for mark in "/:."):
+        raise DataError(f"--data: no file and no corpus is called {name!r}{suggest(name, HUB_TEXTS)}")
+    source = open_source(name)
+    part = "all records" if source.validation is None else "its validation records"
+    examples, malformed = _take(source.training if source.validation is None else source.validation)
+    if not examples:
+        raise DataError(f"--data {name}: no records")
+    if any(example.prompt for example in examples):
+        return Corpus(f"{name}, {part}", examples=tuple(examples), malformed=tuple(malformed))
+    documents = [example.response for example in examples]
+    how = "whole" if len(documents) == 1 else f"{len(documents):,} documents with a blank line between"
+    return Corpus(f"{name}, {how}", text=_BETWEEN_DOCUMENTS.join(documents), malformed=tuple(malformed))
+
+
+def _from_hub(name: str, hub_text: HubText) -> Corpus:
+    import datasets  # 2 s, and only the hub's corpora need it
+    from datasets.exceptions import DatasetsError
+
+    options: dict[str, Any] = {} if hub_text.data_files is None else {"data_files": hub_text.data_files}
+    try:
+        rows = datasets.load_dataset(*hub_text.arguments, split=hub_text.split, **options)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise DataError(
+            f"--data {name}: not available from the hub ({type(error).__name__}: {reason}); check the "
+            "network, or give a local file: --data FILE.txt"
+        ) from error
+    texts = list(rows[hub_text.column][: hub_text.num_rows])
+    origin = " ".join([*hub_text.arguments, *(hub_text.data_files or {}).values()])
+    source = f"{origin}, {hub_text.split}, {len(texts):,} rows joined by {hub_text.join!r}"
+    return Corpus(source, text=hub_text.join.join(texts))
+
+
+def _take(records: Iterator[Found]) -> tuple[list[Example], list[str]]:
+    """Return the examples, and what is wrong with the records that are none; as many as training allows."""
+    limit = DataSettings().max_malformed
+    examples: list[Example] = []
+    malformed: list[str] = []
+    for found in records:
+        if found.example is not None:
+            examples.append(found.example)
+            continue
+        malformed.append(f"{found.place}: {found.reason}")
+        if len(malformed) > limit:
+            raise DataError(
+                f"{malformed[0]}; that is the first of more than {limit} malformed records, the last is "
+                f"{found.place}; repair the data"
+            )
+    return examples, malformed
