@@ -29,7 +29,7 @@ MODES: dict[str, dict[str, Any] | None] = {
         "global_block_indices": [0, 5],
         "num_random_blocks": 1,
     },
-    "bigbird": {"mode": "bigbird", "different_layout_per_head": True},
+    "bigbird": {"mode": "bigbird", "different_layout_per_head": True, "num_random_blocks": 1},
     "bslongformer": {
         "mode": "bslongformer",
         "global_block_indices": [0, 3],

@@ -23,7 +23,12 @@ SPARSE = {
         "different_layout_per_head": True,
         "num_different_global_patterns": 2,
     },
-    "bigbird": {"mode": "bigbird", "block": 4, "different_layout_per_head": True},
+    "bigbird": {
+        "mode": "bigbird",
+        "block": 4,
+        "different_layout_per_head": True,
+        "num_random_blocks": 1,
+    },
 }
 LENGTH = 50
 

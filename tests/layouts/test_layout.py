@@ -20,7 +20,7 @@ MODES = [
         "global_block_indices": [0, 5],
         "num_random_blocks": 1,
     },
-    {"mode": "bigbird", "different_layout_per_head": True},
+    {"mode": "bigbird", "different_layout_per_head": True, "num_random_blocks": 1},
     {"mode": "bslongformer", "global_block_indices": [0, 3], "global_block_end_indices": [1, 5]},
     {"mode": "local_sliding_window", "num_sliding_window_blocks": 5},
 ]
