@@ -1,11 +1,17 @@
 """Adapted models away from their start, where a wrong formula shows."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
-from sparse_llama.attention.interface import attach_attention, plan_attention
 from transformers import LlamaForCausalLM
 
-from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
+from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
+from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, save_adapter
+from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.settings import AdapterSettings
+from sparse_llama.config.sparsity import Sparsity, parse_sparsity
+from sparse_llama.model.llama import load_llama
 
 
 def adapt(
@@ -15,11 +21,13 @@ def adapt(
     prompt_length: int = 3,
     start_layer: int = 2,
     is_trained: bool = True,
+    sparsity: Sparsity | None = None,
+    noise: float = 0.4,
 ) -> LlamaForCausalLM:
-    """Return ``model`` with dense attention and adapters; trained ones have every tensor away from its
-    initial value."""
+    """Return ``model`` with attention and adapters; trained ones have every tensor away from its initial
+    value."""
     plan = plan_attention(
-        None, num_heads=model.config.num_attention_heads, master_length=64, seed=0, backend="auto"
+        sparsity, num_heads=model.config.num_attention_heads, master_length=64, seed=0, backend="auto"
     )
     attach_attention(model, plan)
     settings = AdapterSettings(version=version, prompt_length=prompt_length, start_layer=start_layer)  # type: ignore[arg-type]
@@ -27,8 +35,27 @@ def adapt(
     if is_trained:
         generator = torch.Generator().manual_seed(3)
         for _, parameter in trainable_parameters(model):
-            parameter.data += 0.4 * torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.data += noise * torch.randn(parameter.shape, generator=generator).to(parameter)
     return model
+
+
+def save_adapted(folder: Path, base: str, *, version: str, block: dict[str, Any] | None = None) -> None:
+    """Write a trained adapter of ``base``, sparse by ``block`` if that is given, as a run leaves it."""
+    sparsity = None if block is None else parse_sparsity(block)
+    loaded = load_llama(base, dtype=torch.float32).model
+    model = adapt(loaded, version, start_layer=1, sparsity=sparsity, noise=0.05)
+    file = AdapterFile(
+        base_model=BaseModelReference(path=base),
+        adapter=AdapterSettings(version=version, prompt_length=3, start_layer=1),  # type: ignore[arg-type]
+        sparse_attention=block,
+        master_length=512,
+        seed=0,
+        seq_length=256,
+        dtype="float32",
+        trainable_parameters=sum(parameter.numel() for _, parameter in trainable_parameters(model)),
+        version="0",
+    )
+    save_adapter(folder, trainable_state(model), file)
 
 
 def tokens(num_rows: int = 2, num_tokens: int = 9, vocabulary: int = 61) -> torch.Tensor:

@@ -15,6 +15,7 @@ from sparse_llama.config.run import Run
 from sparse_llama.config.schedule import Schedule, learning_rate
 from sparse_llama.data.batches import Batch
 from sparse_llama.distributed.ranks import all_reduce_sum, device, world_size
+from sparse_llama.errors import ConfigError
 from sparse_llama.training.masters import forget_warm_start
 
 MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -25,10 +26,14 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
 
     Only the adapter's parameters are given to the optimizer: the frozen base has no gradients and no
     optimizer state.
+
+    Raises:
+        ConfigError: the optimizer does not run on this device.
     """
     import deepspeed
 
     quiet_libraries()
+    _check_optimizer(run)
     config = copy.deepcopy(run.deepspeed)
     for block in MONITOR_BLOCKS:  # ours to drive: training/metrics.py says why
         config.pop(block, None)
@@ -50,6 +55,14 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
     )
     forget_warm_start(engine)
     return engine
+
+
+def _check_optimizer(run: Run) -> None:
+    if run.deepspeed["optimizer"]["type"] == "Lion" and device().type == "cpu" and run.offload == "none":
+        raise ConfigError(
+            "optimizer.type: DeepSpeed's Lion needs a GPU, or to be offloaded; use AdamW, or "
+            "ZeRO stage 1 to 3 with --offload cpu"
+        )
 
 
 def quiet_libraries() -> None:

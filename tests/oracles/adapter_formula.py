@@ -11,16 +11,23 @@ from transformers import LlamaConfig
 
 
 def adapted_logits(
-    weights: dict[str, Tensor], config: LlamaConfig, input_ids: Tensor, position_ids: Tensor | None = None
+    weights: dict[str, Tensor],
+    config: LlamaConfig,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Return the (B, T, V) logits; tokens attend within their document, a document starting at each position
-    0."""
+    0, and where ``table``, (H, T, T) of a sparse layout, lets them."""
     num_tokens = input_ids.shape[1]
     if position_ids is None:
         position_ids = torch.arange(num_tokens).expand_as(input_ids)
     document = (position_ids == 0).cumsum(-1)
     token = torch.arange(num_tokens)
     visible = (token[:, None] >= token) & (document[:, :, None] == document[:, None, :])  # (B, T, T)
+    visible = visible[:, None].expand(-1, config.num_attention_heads, -1, -1)  # (B, H, T, T)
+    if table is not None:
+        visible = visible & table
     hidden = weights["model.embed_tokens.weight"][input_ids]
     for index in range(config.num_hidden_layers):
         name = f"model.layers.{index}"
@@ -62,7 +69,7 @@ def _attention(
     for head in range(config.num_attention_heads):
         kv_head = head * config.num_key_value_heads // config.num_attention_heads
         query = queries[:, head] / config.head_dim**0.5
-        scores = (query @ keys[:, kv_head].mT).masked_fill(~visible, float("-inf"))
+        scores = (query @ keys[:, kv_head].mT).masked_fill(~visible[:, head], float("-inf"))
         output = scores.softmax(-1) @ values[:, kv_head]
         if prompt is not None:
             prompt_key = _heads(_linear(weights, f"{name}.k_proj", prompt)[None], config)[

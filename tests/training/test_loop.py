@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from small_runs import losses
 from training.conftest import REMOVED
 
+from sparse_llama.errors import ConfigError
+
 Train = Callable[..., Path]
 BF16 = {"bf16": {"enabled": True}}
 
@@ -133,3 +135,11 @@ def test_monitors_receive_a_scalar_per_step(train: Train):
     assert list(output_dir.rglob("events.*"))
     csv = next(path for path in output_dir.rglob("*.csv") if "train_loss" in path.name)
     assert len(csv.read_text(encoding="utf-8").splitlines()) == 1 + 6
+
+
+def test_an_optimizer_that_needs_a_gpu_is_refused_on_the_cpu(train: Train):
+    """DeepSpeed itself ends in a ValueError of its op builder."""
+    with pytest.raises(
+        ConfigError, match=r"Lion needs a GPU, or to be offloaded; use AdamW, or ZeRO stage 1 to 3"
+    ):
+        train("run", optimizer={"type": "Lion", "params": {"lr": 1e-3}})
