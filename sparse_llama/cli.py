@@ -273,6 +273,7 @@ def export(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     show_table("export", exported.rows())
+    print(f"It opens with\n\n  {exported.opens_with}\n")
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
