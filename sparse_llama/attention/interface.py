@@ -62,6 +62,8 @@ class AttentionPlan:
         """Return the documents of a batch."""
         if position_ids is None:
             return whole_rows(num_rows, num_tokens)
+        if position_ids.is_inference():  # such tensors do not say whether they were written to
+            return find_documents(position_ids, num_rows)
         if self._documents is not None:
             positions, version, rows, documents = self._documents
             if positions is position_ids and version == position_ids._version and rows == num_rows:

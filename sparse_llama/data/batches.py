@@ -3,14 +3,14 @@
 ``B`` rows of a micro-batch, ``T`` tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
-from sparse_llama.data.packing import Row
-
-IGNORED = -100
+from sparse_llama.data.packing import IGNORED, PADDING, Row
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +52,18 @@ class Batches:
     def num_rows(self) -> int:
         return len(self._rows)
 
+    @property
+    def first_epoch(self) -> list[Row]:
+        """The rows in the order of the first epoch, all ranks'."""
+        return [self._rows[index] for index in self._epoch_order(0)]
+
     def step(self, step_index: int, accumulation: int) -> list[Batch]:
         """Return this rank's micro-batches of an optimizer step, counted from 0.
 
         All ranks' together are rows [step G, step G + G) of the epochs laid end to end, G rows a step: the
         same rows however G is cut into micro-batches and ranks.
         """
-        global_batch = self._micro * accumulation * self._world
-        first = step_index * global_batch
+        first = step_index * self._micro * accumulation * self._world
         batches: list[Batch] = []
         for micro_step in range(accumulation):
             start = first + (micro_step * self._world + self._rank) * self._micro
@@ -79,29 +83,36 @@ def validation_batches(rows: list[Row], *, micro_batch_size: int, rank: int, wor
     """Return this rank's share of ``rows`` in order: every row once over all ranks.
 
     Every rank has as many batches as the others, as ZeRO-3 gathers weights in step: a rank that has run out
-    gets rows without labels.
+    gets a row without labels.
     """
-    pieces = [rows[first : first + micro_batch_size] for first in range(0, len(rows), micro_batch_size)]
-    pieces += [[unlabelled(rows[-1])]] * (-len(pieces) % world_size)
+    pieces = _cut(rows, micro_batch_size)
+    pieces += [[_unlabelled(rows[-1])]] * (-len(pieces) % world_size)
     return [collate(piece) for piece in pieces[rank::world_size]]
 
 
-def unlabelled(row: Row) -> Row:
-    """Return ``row`` with nothing to predict."""
-    return Row(row.ids, row.positions, [IGNORED] * len(row.labels))
+def count_padding(rows: Sequence[Row], micro_batch_size: int) -> int:
+    """Return the tokens that ``collate`` adds to ``rows``, taken in this order."""
+    longest = (len(piece) * max(map(len, piece)) for piece in _cut(rows, micro_batch_size))
+    return sum(longest) - sum(map(len, rows))
 
 
-def collate(rows: list[Row]) -> Batch:
+def collate(rows: Sequence[Row]) -> Batch:
     """Return rows as one batch, the shorter ones padded at their ends by more positions of their last
-    document.
-
-    Attention is causal, so what stands after a document changes nothing in it.
+    document: attention is causal, so what stands after a document changes nothing in it.
     """
-    longest = max(len(row.ids) for row in rows)
-    ids, positions, labels = [], [], []
-    for row in rows:
-        missing, following = longest - len(row.ids), row.positions[-1] + 1
-        ids.append(row.ids + [row.ids[-1]] * missing)  # any id will do; this one is in the vocabulary
-        positions.append(row.positions + list(range(following, following + missing)))
-        labels.append(row.labels + [IGNORED] * missing)
-    return Batch(torch.tensor(ids), torch.tensor(positions), torch.tensor(labels))
+    longest = max(map(len, rows))
+    ids = [F.pad(row.ids, (0, longest - len(row)), value=PADDING) for row in rows]
+    labels = [F.pad(row.labels, (0, longest - len(row)), value=IGNORED) for row in rows]
+    positions = [
+        torch.cat([row.positions, row.positions[-1] + torch.arange(1, 1 + longest - len(row))])
+        for row in rows
+    ]
+    return Batch(torch.stack(ids).long(), torch.stack(positions).long(), torch.stack(labels).long())
+
+
+def _cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _unlabelled(row: Row) -> Row:
+    return Row(row.ids, row.positions, torch.full_like(row.labels, IGNORED))

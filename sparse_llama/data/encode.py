@@ -6,8 +6,8 @@ response are encoded apart.
 
 A record that is longer than a row is cut at its end. A cut response has no end of sequence, or the model
 would learn to stop in mid-sentence; a record whose prompt leaves no room for a response is dropped. Plain
-text is
-cut into pieces that share one token with the piece before: every token is predicted once, none is lost.
+text is cut into pieces that share one token with the piece before: every token is predicted once, none is
+lost.
 """
 
 from sparse_llama.data.ledger import Tally
@@ -15,16 +15,19 @@ from sparse_llama.data.packing import IGNORED, Document
 from sparse_llama.data.records import Example
 from sparse_llama.data.tokenizer import Tokenizer
 
+_UNMERGED = "\0"  # a character that no vocabulary has in a longer piece
+
 
 def encode_example(example: Example, tokenizer: Tokenizer, row_length: int, tally: Tally) -> list[Document]:
     """Return the example's documents, none if it is dropped, and count what became of it in ``tally``."""
-    ids, labels = encode_turns(example, tokenizer)
+    whole = encode_turns(example, tokenizer)
     tally.records += 1
-    tally.tokens_read += len(ids)
+    tally.tokens_read += len(whole.ids)
     if example.prompt == "":
-        documents = _cut_text(ids, row_length)
+        documents = _cut_text(whole.ids, row_length)
+        tally.tokens_repeated += len(documents) - 1
     else:
-        documents = _cut_record(Document(ids, labels), row_length, tally)
+        documents = _cut_record(whole, row_length, tally)
     for document in documents:
         labelled = sum(label != IGNORED for label in document.labels)
         tally.tokens_labelled += labelled
@@ -32,8 +35,8 @@ def encode_example(example: Example, tokenizer: Tokenizer, row_length: int, tall
     return documents
 
 
-def encode_turns(example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the uncut ids and labels of an example; the first label is always -100."""
+def encode_turns(example: Example, tokenizer: Tokenizer) -> Document:
+    """Return an example uncut, with the loss on each of its responses."""
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     labels = [IGNORED] * len(ids)
     for turn in example.turns:
@@ -41,7 +44,7 @@ def encode_turns(example: Example, tokenizer: Tokenizer) -> tuple[list[int], lis
         ids += [*prompt, *response, tokenizer.eos_id]
         labels += [IGNORED] * len(prompt) + [*response, tokenizer.eos_id]
     labels[0] = IGNORED
-    return ids, labels
+    return Document(ids, labels)
 
 
 def encode_pair(prompt: str, response: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -51,6 +54,10 @@ def encode_pair(prompt: str, response: str, tokenizer: Tokenizer) -> tuple[list[
     prompt_ids, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + response)
     if whole[: len(prompt_ids)] == prompt_ids:
         return prompt_ids, whole[len(prompt_ids) :]
+    # Apart, but not as a text of its own, which would begin with SentencePiece's space.
+    before, after = tokenizer.encode(_UNMERGED), tokenizer.encode(_UNMERGED + response)
+    if after[: len(before)] == before:
+        return prompt_ids, after[len(before) :]
     return prompt_ids, tokenizer.encode(response)
 
 

@@ -9,16 +9,10 @@ import random
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
+import torch
+
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Row:
-    """Tokens of one row, equally many of each."""
-
-    ids: list[int]
-    positions: list[int]
-    labels: list[int]
+PADDING = 0  # an id that every vocabulary has: LLaMA's own pad id is -1, which no embedding has
 
 
 @dataclass(frozen=True)
@@ -29,9 +23,21 @@ class Document:
     labels: list[int]
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Tokens of one row, equally many of each; int32, as a corpus stays in memory for the whole run."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 def one_per_row(documents: list[Document]) -> list[Row]:
     """Return every document as a row of its own length."""
-    return [Row(one.ids, list(range(len(one.ids))), one.labels) for one in documents]
+    return [_lay_out([document], len(document.ids), align=1) for document in documents]
 
 
 def pack(documents: list[Document], *, row_length: int, align: int, seed: int) -> list[Row]:
@@ -42,36 +48,36 @@ def pack(documents: list[Document], *, row_length: int, align: int, seed: int) -
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    rows: list[list[int]] = []
-    rooms: list[
-        tuple[int, int]
-    ] = []  # (free tokens, row), sorted; free tokens from the next aligned start on
+    rows: list[list[Document]] = []
+    rooms: list[tuple[int, int]] = []  # sorted; tokens left from the next aligned place on, and the row
     for index in order:
         length = len(documents[index].ids)
         assert length <= row_length
         place = bisect_left(rooms, (length, -1))
         if place < len(rooms):
-            free, row = rooms.pop(place)
+            room, number = rooms.pop(place)
         else:
-            free, row = row_length, len(rows)
+            room, number = row_length, len(rows)
             rows.append([])
-        rows[row].append(index)
-        taken = -(-length // align) * align
-        if free > taken:
-            insort(rooms, (free - taken, row))
-    return [_lay_out([documents[index] for index in row], row_length, align) for row in rows]
+        rows[number].append(documents[index])
+        taken = _round_up(length, align)
+        if room > taken:
+            insort(rooms, (room - taken, number))
+    return [_lay_out(row, row_length, align) for row in rows]
 
 
 def _lay_out(documents: list[Document], row_length: int, align: int) -> Row:
     ids: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
-    for number, document in enumerate(documents):
-        is_last = number + 1 == len(documents)
-        start = len(ids)
+    for number, document in enumerate(documents, start=1):
         length = len(document.ids)
-        span = row_length - start if is_last else -(-length // align) * align
-        ids += document.ids + [document.ids[-1]] * (span - length)
-        positions += range(span)
+        span = _round_up(length, align) if number < len(documents) else row_length - len(ids)
+        ids += document.ids + [PADDING] * (span - length)
         labels += document.labels + [IGNORED] * (span - length)
-    return Row(ids, positions, labels)
+        positions += range(span)
+    return Row(*(torch.tensor(values, dtype=torch.int32) for values in (ids, positions, labels)))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

@@ -66,7 +66,7 @@ def parse_record(record: object) -> Example:
     """
     if not isinstance(record, Mapping):
         raise MalformedRecordError(f"must be an object, got {type(record).__name__}")
-    category = _optional(record, "category") or None
+    category = None if record.get("category") in (None, "") else str(record["category"])
     for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if key in record:
             return Example(_turns(record[key], key, role, content), category)
@@ -83,7 +83,8 @@ def parse_record(record: object) -> Example:
 
 
 def _turns(messages: object, key: str, role_key: str, content_key: str) -> tuple[Turn, ...]:
-    """Return the turns of a chat; a system message stands before the first instruction."""
+    """Return the turns of a chat: a system message stands before the first instruction, and a last message of
+    the user that nobody answers has nothing to learn from."""
     if not isinstance(messages, list) or len(messages) == 0:
         raise MalformedRecordError(f"{key}: must be a list of messages")
     system, waiting = "", ""
@@ -103,7 +104,7 @@ def _turns(messages: object, key: str, role_key: str, content_key: str) -> tuple
             waiting = ""
         else:
             raise MalformedRecordError(
-                f"{where}.{role_key}: {message.get(role_key)!r} cannot stand here; user and assistant take "
+                f"{where}.{role_key}: {message.get(role_key)!a} cannot stand here; user and assistant take "
                 "turns, after at most one system message"
             )
     if not turns:

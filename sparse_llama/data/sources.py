@@ -1,33 +1,24 @@
 """Where records come from: bundled data, local files and folders, data sets on the hub. No data set's code
 runs.
 
-A ``.txt`` file is one document, whatever its blank lines mean. A folder holds files of training records, and
-may hold files of validation records, which are told apart by their names (``VALIDATION_NAMES``).
+A ``.txt`` file is one document, whatever its blank lines mean. The files of a folder are told apart by the
+first word of their names: ``train`` trains, ``validation`` (or another of ``VALIDATION_NAMES``) validates,
+``test`` validates where nothing else does and never trains. Files of other names train where none is called
+``train``. The splits of a data set on the hub have the same names.
 """
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_llama.config.bundled import resolve_bundled
-from sparse_llama.data.records import Example, MalformedRecordError, parse_record, plain_text
+from sparse_llama.data.files import READERS, Found, parse_found, read_file
 from sparse_llama.errors import DataError
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
-_MAX_FIELD_BYTES = 2**31 - 1  # csv's own limit is 128 KiB: a long document is more
-
-
-@dataclass(frozen=True)
-class Found:
-    """A record, or why there is none; ``place`` says where, as ``file, line 7``."""
-
-    place: str
-    example: Example | None
-    reason: str = ""
+_TRAIN, _TEST = "train", "test"
 
 
 @dataclass(frozen=True)
@@ -35,186 +26,92 @@ class Source:
     """A data set: its records in order, and those it sets apart for validation itself."""
 
     training: Iterator[Found]
-    validation: Iterator[Found] | None
+    training_name: str
+    validation: Iterator[Found] | None = None
+    validation_name: str = ""
+    not_used: tuple[str, ...] = ()
+    """Files or splits that neither train nor validate."""
 
 
 def open_source(name: str) -> Source:
-    """Return the records of ``bundled:NAME``, a file, a folder or a hub id; nothing is read yet.
+    """Return the records of ``bundled:NAME``, a file, a folder or a hub id; files are not read yet.
 
     Raises:
         DataError: there is no such data set, or no way to read it.
     """
     path = resolve_bundled(name) or Path(name).expanduser()
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(name, path)
     if path.is_file():
-        return Source(read_file(path), None)
+        return Source(read_file(path), name)
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
-    if not is_hub_id or path.suffix.lower() in _READERS:
+    if not is_hub_id or path.suffix.lower() in READERS:
         raise DataError(f"{name}: no such file or folder; give a file, a folder, or a hub id (owner/name)")
     return _open_hub(name)
 
 
-def read_file(path: Path) -> Iterator[Found]:
-    """Yield the records of one file in its order.
-
-    Raises:
-        DataError: of no known kind, or damaged as a whole.
-    """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot be read as data; expected {', '.join(sorted(_READERS))}")
-    return reader(path)
-
-
-def _open_folder(folder: Path) -> Source:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _READERS)
-    held_out = [path for path in files if _is_validation(path.stem)]
-    training = [path for path in files if path not in held_out]
+def _open_folder(name: str, folder: Path) -> Source:
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in READERS}
+    training, held_out = _tell_apart(files)
     if not training:
         raise DataError(
-            f"{folder}: no training file; expected train.jsonl or others of {', '.join(sorted(_READERS))}"
+            f"{name}: no training file; expected train.jsonl or others of {', '.join(sorted(READERS))}"
         )
-    return Source(_chain(training), _chain(held_out) if held_out else None)
+    return Source(
+        training=_chain(files[file] for file in training),
+        training_name=f"{name}, {_list(training)}",
+        validation=_chain(files[file] for file in held_out) if held_out else None,
+        validation_name=f"{name}, {_list(held_out)}" if held_out else "",
+        not_used=tuple(file for file in files if file not in training and file not in held_out),
+    )
 
 
-def _is_validation(name: str) -> bool:
-    return re.split(r"[^a-z]", name.lower(), maxsplit=1)[0] in VALIDATION_NAMES
+def _tell_apart(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the names that train and those that validate."""
+    parts: dict[str, list[str]] = {_TRAIN: [], "validation": [], _TEST: [], "other": []}
+    for name in names:
+        word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
+        part = "validation" if word in VALIDATION_NAMES else word
+        parts[part if part in parts else "other"].append(name)
+    return parts[_TRAIN] or parts["other"], parts["validation"] or parts[_TEST]
 
 
-def _chain(files: list[Path]) -> Iterator[Found]:
+def _list(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} to {files[-1]} ({len(files)} files)"
+
+
+def _chain(files: Iterable[Path]) -> Iterator[Found]:
     for path in files:
         yield from read_file(path)
 
 
 def _open_hub(name: str) -> Source:
-    from datasets import load_dataset  # 2 s to import, and files need none of it
+    from datasets import load_dataset  # 1 s to import, and files need none of it
+    from datasets.exceptions import DatasetsError
 
     try:
         splits: Any = load_dataset(name)
-    except (OSError, ValueError, ImportError) as error:  # the hub's errors are one of these
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
+        # RuntimeError: a data set that is a script, which datasets refuses to run, as we do
         reason = str(error).strip().split("\n", 1)[0]
         raise DataError(
             f"{name}: no such file, and not available from the hub ({type(error).__name__}: {reason}); "
             "check the name and the network, or give a local file"
         ) from error
-    if "train" not in splits and len(splits) > 1:
+    if _TRAIN not in splits and len(splits) > 1:
         raise DataError(f"{name}: its splits are {', '.join(splits)}; none is called train")
-    training = splits["train"] if "train" in splits else next(iter(splits.values()))
-    held_out = next((splits[split] for split in splits if _is_validation(split)), None)
-    if held_out is training:
-        held_out = None
-    return Source(_hub_rows(name, training), None if held_out is None else _hub_rows(name, held_out))
+    training = _TRAIN if _TRAIN in splits else next(iter(splits))
+    others = [split for split in splits if split != training]
+    held_out = next(iter(_tell_apart(others)[1]), None)
+    return Source(
+        training=_rows(name, splits[training]),
+        training_name=f"{name}, {training}",
+        validation=None if held_out is None else _rows(name, splits[held_out]),
+        validation_name="" if held_out is None else f"{name}, {held_out}",
+        not_used=tuple(f"{name}, {split}" for split in others if split != held_out),
+    )
 
 
-def _hub_rows(name: str, split: Any) -> Iterator[Found]:
+def _rows(name: str, split: Any) -> Iterator[Found]:
     for number, record in enumerate(split):
-        yield _found(f"{name}, record {number}", lambda record=record: parse_record(record))
-
-
-def _read_jsonl(path: Path) -> Iterator[Found]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _found(f"{path}, line {number}", lambda line=line: parse_record(_parse_line(line)))
-
-
-def _parse_line(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise MalformedRecordError(f"not UTF-8 text (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise MalformedRecordError(f"not JSON ({str(error).split(': line', 1)[0]})") from error
-
-
-def _read_json(path: Path) -> Iterator[Found]:
-    text = _read_text(path)
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); one object a line is .jsonl") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: holds a {type(records).__name__}; expected a list of records")
-    for number, record in enumerate(records):
-        yield _found(f"{path}, record {number}", lambda record=record: parse_record(record))
-
-
-def _read_csv(path: Path) -> Iterator[Found]:
-    previous = csv.field_size_limit(_MAX_FIELD_BYTES)
-    try:
-        # bytes that are no UTF-8 become surrogates, which the record's own check refuses: one record is lost
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, restkey="(more)")
-            try:
-                for row in reader:
-                    record = {key: value for key, value in row.items() if value is not None}
-                    yield _found(
-                        f"{path}, line {reader.line_num}", lambda record=record: parse_record(_whole(record))
-                    )
-            except csv.Error as error:
-                raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    finally:
-        csv.field_size_limit(previous)
-
-
-def _whole(record: dict[str, Any]) -> dict[str, Any]:
-    if "(more)" in record:
-        raise MalformedRecordError(f"has {len(record['(more)'])} fields more than the header")
-    return record
-
-
-def _read_parquet(path: Path) -> Iterator[Found]:
-    import pyarrow
-    import pyarrow.parquet  # comes with datasets; 0.3 s to import
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    yield _found(f"{path}, record {number}", lambda record=record: parse_record(record))
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a complete Parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _read_txt(path: Path) -> Iterator[Found]:
-    text = _read_text(path)
-    if text.strip():
-        yield Found(str(path), plain_text(text))
-
-
-def _found(place: str, parse: Callable[[], Example]) -> Found:
-    try:
-        return Found(place, parse())
-    except MalformedRecordError as error:
-        return Found(place, None, str(error))
-
-
-def _open(path: Path) -> Any:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _read_text(path: Path) -> str:
-    with _open(path) as file:
-        content: bytes = file.read()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text; convert the file") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}
+        yield parse_found(f"{name}, record {number}", record)

@@ -26,13 +26,15 @@ class Tokenizer(Protocol):
     eos_id: int
     """Of the end of a sequence."""
     vocab_size: int
+    """One more than the largest id."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without beginning or end."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ``ids``, without special tokens; an unfinished character is U+FFFD."""
+        """Return the text of ``ids``: none of special tokens and of ids that pad a model's vocabulary, U+FFFD
+        of an unfinished character."""
         ...
 
 
@@ -57,7 +59,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        return self._processor.decode([token for token in ids if token < self.vocab_size])
 
 
 class FastTokenizer:
@@ -81,7 +83,7 @@ class FastTokenizer:
                 'name it there as "eos_token"'
             )
         self.eos_id: int = eos_id
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

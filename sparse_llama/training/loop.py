@@ -158,7 +158,7 @@ def _validate(session: Session) -> Validation:
         session.llama,
         session.tokenizer,
         session.validation_batches,
-        session.validation_examples,
+        session.answerable,
         session.run.settings.training,
     )
 

@@ -1,13 +1,14 @@
 """What a run says about itself: the start table, ``run.json``, ``summary.json``, answers, and the closing
 table."""
 
-import json
 import math
+import shlex
 import sys
 from typing import Any
 
 from rich.console import Console
 
+from sparse_llama.data.prompt import alpaca_prompt
 from sparse_llama.distributed import ranks
 from sparse_llama.evaluation.exact_match import spread
 from sparse_llama.reporting.tables import format_bytes, format_seconds, format_share, show_columns, show_table
@@ -108,8 +109,7 @@ def summarize(session: Session, position: Position, final: Validation) -> dict[s
 def show_answers(console: Console, session: Session, position: Position, final: Validation) -> None:
     """Print held-out prompts with the answers from before and after."""
     before = (position.before or {}).get("answers", [])
-    answerable = [example for example in session.validation_examples if example.prompt and example.response]
-    shown = spread(answerable, session.run.settings.training.samples)
+    shown = spread(session.answerable, session.run.settings.training.samples)
     rows = [
         [_question(example.prompt), _one_line(old), _one_line(new), _one_line(example.response)]
         for example, old, new in zip(shown, before, final.answers, strict=False)
@@ -132,18 +132,22 @@ def show_summary(console: Console, session: Session, summary: dict[str, Any]) ->
         ("peak memory", f"{memory}{format_bytes(peaks['host'])} host"),
     ]
     show_table("result", rows, console)
-    output, model = session.run.output_dir, session.run.settings.model.path
-    console.print(f"The adapter is in {output / 'adapter'}. Next:\n")
-    corpus = session.run.settings.data.dataset
-    question = _instruction(session)
-    for command in (
-        f"python launch/evaluate.py --model {model} --adapter {output / 'adapter'} --data {corpus}",
-        f"python launch/generate.py --model {model} --adapter {output / 'adapter'} --prompt "
-        f"{json.dumps(question)}",
-        f"python launch/export.py --checkpoint {output} --output exports/{session.run.name} --format merged",
-    ):
-        console.print(f"  {command}", soft_wrap=True, markup=False)
+    console.print(f"The adapter is in {session.run.output_dir / 'adapter'}. Next:\n")
+    for command in next_commands(session):
+        console.print(f"  {shlex.join(command)}", soft_wrap=True, markup=False)
     console.print()
+
+
+def next_commands(session: Session) -> list[list[str]]:
+    """Return the commands that evaluate, use and export what a run has left, word by word."""
+    run = session.run
+    adapted = ["--model", run.settings.model.path, "--adapter", str(run.output_dir / "adapter")]
+    export = ["--checkpoint", str(run.output_dir), "--output", f"exports/{run.name}", "--format", "merged"]
+    return [
+        ["python", "launch/evaluate.py", *adapted, "--data", run.settings.data.dataset],
+        ["python", "launch/generate.py", *adapted, *_something_to_ask(session)],
+        ["python", "launch/export.py", *export],
+    ]
 
 
 def score(validation: Validation) -> str:
@@ -164,17 +168,23 @@ def _exact_match_rows(before: dict[str, Any] | None, after: dict[str, Any] | Non
     return rows
 
 
-def _instruction(session: Session) -> str:
-    for example in session.validation_examples:
-        if example.prompt:
-            return _question(example.prompt)
-    return "Once upon a time"
+def _something_to_ask(session: Session) -> list[str]:
+    """Return the first held-out question that needs no text beside it; a model of plain text goes on."""
+    for example in session.answerable:
+        instruction = _instruction(example.prompt)
+        if alpaca_prompt(instruction) == example.prompt:
+            return ["--prompt", instruction]
+    return ["--raw", "--prompt", "Once upon a time"]
 
 
 def _question(prompt: str) -> str:
-    """Return the instruction alone: the template around it is the same for every record."""
+    """Return the instruction in one line: the template around it is the same for every record."""
+    return _one_line(_instruction(prompt))
+
+
+def _instruction(prompt: str) -> str:
     _, _, rest = prompt.partition("### Instruction:\n")
-    return _one_line((rest or prompt).partition("\n\n###")[0])
+    return (rest or prompt).partition("\n\n###")[0]
 
 
 def _one_line(text: str, width: int = 90) -> str:

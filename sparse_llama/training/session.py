@@ -21,6 +21,7 @@ from sparse_llama.data.prepare import PreparedData, prepare_data
 from sparse_llama.data.records import Example
 from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sparse_llama.distributed import ranks
+from sparse_llama.generation import encode_prompt, longest_sequence
 from sparse_llama.model.assemble import Assembled, assemble
 from sparse_llama.model.checks import check_logits
 from sparse_llama.model.files import resolve_model
@@ -44,6 +45,8 @@ class Session:
     batches: Batches
     validation_batches: list[Batch]
     validation_examples: list[Example]
+    answerable: list[Example]
+    """Of these, the prompts that the model has room to answer; plain text asks nothing."""
     ledger: Ledger
     plan: AttentionPlan
     adapter: AdapterFile
@@ -102,12 +105,18 @@ def prepare(run: Run, console: Console) -> Session:
         batches=data.batches,
         validation_batches=data.validation_batches,
         validation_examples=data.validation_examples,
+        answerable=_answerable(data.validation_examples, llama, tokenizer),
         ledger=data.ledger,
         plan=assembled.plan,
         adapter=adapter,
         total_steps=total_steps,
         notices=_notices(run, assembled, config.max_position_embeddings),
     )
+
+
+def _answerable(examples: list[Example], llama: LlamaForCausalLM, tokenizer: Tokenizer) -> list[Example]:
+    longest, _ = longest_sequence(llama)
+    return [one for one in examples if one.prompt and len(encode_prompt(tokenizer, one.prompt)) < longest]
 
 
 def _resolve_on_main_first(path: str, revision: str | None) -> Path:

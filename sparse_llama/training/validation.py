@@ -30,7 +30,7 @@ def validate(
     llama: LlamaForCausalLM,
     tokenizer: Tokenizer,
     batches: list[Batch],
-    examples: list[Example],
+    answerable: list[Example],
     settings: TrainingSettings,
 ) -> Validation:
     """Return the model's state on held-out records; every rank must call it (ZeRO-3 gathers weights in
@@ -38,7 +38,6 @@ def validate(
     was_training = objective.training
     objective.eval()
     loss = mean_token_loss(objective, batches)
-    answerable = [example for example in examples if example.prompt and example.response]
     scored = spread(answerable, settings.exact_match_records)
     matches = exact_match(llama, tokenizer, scored, settings.max_new_tokens) if scored else None
     shown = [example.prompt for example in spread(answerable, settings.samples)]

@@ -145,3 +145,10 @@ def test_positions_that_skip_are_not_taken_for_documents():
         find_documents(torch.tensor([[0, 1, 3]]), 1)
     with pytest.raises(AssertionError, match="does not begin with a document"):
         find_documents(torch.tensor([[1, 2, 3]]), 1)
+
+
+def test_inference_mode_gives_the_same_logits(tiny_llama):
+    model = attached(tiny_llama(), parse_sparsity(SPARSE["bslongformer"]))
+    expected = model(input_ids=ids()).logits
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids(), position_ids=torch.arange(LENGTH)[None]).logits, expected)

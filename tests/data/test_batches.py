@@ -1,0 +1,89 @@
+"""Batches are a function of seed and step: the same rows however they are cut, every row once an epoch."""
+
+import pytest
+import torch
+
+from sparse_llama.config.schedule import num_optimizer_steps
+from sparse_llama.data.batches import Batches, collate, count_padding, validation_batches
+from sparse_llama.data.packing import Row
+
+
+def make_row(ids: list[int], positions: list[int], labels: list[int]) -> Row:
+    return Row(torch.tensor(ids), torch.tensor(positions), torch.tensor(labels))
+
+
+def make_rows(count: int) -> list[Row]:
+    """Row n is n, n, ... of its own length."""
+    lengths = [2 + n % 3 for n in range(count)]
+    return [
+        make_row([n] * length, list(range(length)), [-100, *[n] * (length - 1)])
+        for n, length in enumerate(lengths)
+    ]
+
+
+def rows_of_step(
+    count: int, step: int, micro: int, accumulation: int, world: int, seed: int = 7
+) -> list[int]:
+    rows = make_rows(count)
+    found = []
+    for rank in range(world):
+        batches = Batches(rows, micro_batch_size=micro, rank=rank, world_size=world, seed=seed)
+        for batch in batches.step(step, accumulation):
+            found += batch.input_ids[:, 0].tolist()
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("micro", "accumulation", "world"), [(1, 12, 1), (3, 2, 2), (2, 2, 3), (4, 1, 3)])
+def test_a_step_has_the_same_rows_however_it_is_cut(micro: int, accumulation: int, world: int):
+    for step in (0, 1, 5):
+        assert rows_of_step(31, step, micro, accumulation, world) == rows_of_step(31, step, 12, 1, 1)
+
+
+def test_epochs_follow_one_another_and_hold_every_row_once():
+    batches = Batches(make_rows(10), micro_batch_size=4, rank=0, world_size=1, seed=0)
+    order = [n for step in range(5) for n in batches.step(step, 1)[0].input_ids[:, 0].tolist()]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+
+
+def test_another_seed_is_another_order_and_a_step_repeats():
+    assert rows_of_step(31, 2, 4, 1, 1) == rows_of_step(31, 2, 4, 1, 1)
+    assert rows_of_step(31, 2, 4, 1, 1) != rows_of_step(31, 2, 4, 1, 1, seed=8)
+
+
+def test_the_reports_run_has_609_steps():
+    """T4: 13,011 records, micro-batch 4, 16 micro-batches, 3 epochs, one record a row."""
+    assert num_optimizer_steps(13_011, 64, 3) == 609
+
+
+def test_shorter_rows_are_padded_with_positions_that_go_on_and_without_labels():
+    short, long = (
+        make_row([5, 6], [0, 1], [-100, 6]),
+        make_row([7, 8, 9, 7], [0, 1, 0, 1], [-100, 8, -100, 7]),
+    )
+    batch = collate([short, long])
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.input_ids.shape == (2, 4)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert batch.labels.tolist() == [[-100, 6, -100, -100], [-100, 8, -100, 7]]
+    assert bool((batch.input_ids >= 0).all())
+    assert batch.num_labelled == 3
+    assert set(batch.to(torch.device("cpu"))) == {"input_ids", "position_ids", "labels"}
+
+
+@pytest.mark.parametrize(("micro", "padding"), [(1, 0), (2, 4), (3, 6), (7, 8)])
+def test_padding_is_what_a_batch_adds_to_its_rows(micro: int, padding: int):
+    """Lengths 2 3 4 2 3 4 2: in pairs 1 + 2 + 1, in threes 3 + 3, all together 7 x 4 - 20 = 8."""
+    assert count_padding(make_rows(7), micro) == padding
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 1), (7, 2), (8, 3), (1, 4)])
+def test_validation_takes_every_row_once_in_as_many_batches_on_every_rank(count: int, world: int):
+    shares = [
+        validation_batches(make_rows(count), micro_batch_size=2, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    labels = [batch.labels for share in shares for batch in share]
+    found = [n for table in labels for row in table.tolist() for n in [max(row)] if n != -100]
+    assert sorted(found) == list(range(count))

@@ -1,0 +1,126 @@
+"""From a name to batches: what is refused, and that the account adds up."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparse_llama.config.bundled import resolve_bundled
+from sparse_llama.config.settings import Settings
+from sparse_llama.data.batches import Batch
+from sparse_llama.data.prepare import PreparedData, prepare_data
+from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
+from sparse_llama.errors import DataError
+
+
+def prepare(
+    tokenizer: Tokenizer, *, seq_length: int = 160, align: int = 1, micro: int = 2, **data: object
+) -> PreparedData:
+    settings = Settings.parse({"seq_length": seq_length, "data": data}, "sparse_llama")
+    return prepare_data(settings, tokenizer, align=align, micro_batch_size=micro, rank=0, world_size=1)
+
+
+def write(path: Path, count: int, **extra: str) -> str:
+    lines = [json.dumps({"instruction": f"Who {n}?", "response": f"Ann {n}."} | extra) for n in range(count)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(("packing", "align", "micro"), [(True, 1, 1), (True, 16, 1), (False, 1, 2)])
+def test_the_account_adds_up(tokenizer: Tokenizer, tmp_path: Path, packing: bool, align: int, micro: int):
+    name = write(tmp_path / "a.jsonl", 60)
+    data = prepare(
+        tokenizer,
+        dataset=name,
+        packing=packing,
+        align=align,
+        micro=micro,
+        validation_records=6,
+        seq_length=300,
+    )
+    training, validation = data.ledger.training, data.ledger.validation
+    assert (training.records, validation.records) == (54, 6)
+    assert training.rows == data.batches.num_rows
+    assert training.rows % micro == 0  # the first epoch is a whole number of batches
+    epoch = [data.batches.step(step, 1)[0] for step in range(training.rows // micro)]
+    for tally, batches in ((training, epoch), (validation, data.validation_batches)):
+        in_rows = tally.tokens_labelled + tally.tokens_masked
+        assert tally.tokens_read + tally.tokens_repeated == in_rows + tally.tokens_dropped
+        assert sum(batch.input_ids.numel() for batch in batches) == in_rows + tally.tokens_padded
+        assert sum(batch.num_labelled for batch in batches) == tally.tokens_labelled
+        assert sum(count_ends(batch, tokenizer) for batch in batches) == tally.records
+
+
+def count_ends(batch: Batch, tokenizer: Tokenizer) -> int:
+    return int((batch.labels == tokenizer.eos_id).sum())
+
+
+def test_the_account_is_printed_and_saved(tokenizer: Tokenizer, tmp_path: Path):
+    ledger = prepare(tokenizer, dataset=write(tmp_path / "a.jsonl", 60), max_records=50).ledger
+    assert json.loads(json.dumps(ledger.to_json()))["training"]["records"] == 50
+    lines = dict(ledger.rows())
+    assert lines["not used"] == "7 training records beyond sparse_llama.data.max_records"
+    assert lines["training"] == str(tmp_path / "a.jsonl")
+    values = [value for label, value in ledger.rows() if label == "  tokens"]
+    for value, tally in zip(values, (ledger.training, ledger.validation), strict=True):
+        assert f"{tally.tokens_read:,} read; {tally.tokens_labelled:,} trained on" in value
+
+
+def test_malformed_records_are_skipped_up_to_a_limit_and_shown(tokenizer: Tokenizer, tmp_path: Path):
+    name = write(tmp_path / "a.jsonl", 20)
+    with (tmp_path / "a.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n{\n[]\n")
+    data = prepare(tokenizer, dataset=name, max_malformed=2)
+    assert [line.removeprefix(name) for line in data.ledger.malformed] == [
+        ", line 21: not JSON (Expecting property name enclosed in double quotes)",
+        ", line 22: must be an object, got list",
+    ]
+    assert ("malformed, skipped", data.ledger.malformed[0]) in data.ledger.rows()
+    with pytest.raises(DataError, match=r"line 21: not JSON .* more than 1 malformed records.*max_malformed"):
+        prepare(tokenizer, dataset=name, max_malformed=1)
+
+
+def test_what_leaves_nothing_to_train_on_is_refused(tokenizer: Tokenizer, tmp_path: Path):
+    name = write(tmp_path / "a.jsonl", 5)
+    with pytest.raises(DataError, match=r"no training record leaves room .* in 8 tokens; use a longer"):
+        prepare(tokenizer, dataset=name, seq_length=8)
+    with pytest.raises(DataError, match=r"empty\.jsonl: no records"):
+        prepare(tokenizer, dataset=write(tmp_path / "empty.jsonl", 0))
+
+
+def test_prompts_too_long_to_answer_are_not_asked(tokenizer: Tokenizer, tmp_path: Path):
+    name, long = write(tmp_path / "a.jsonl", 8), write(tmp_path / "b.jsonl", 2, context="word " * 200)
+    Path(long).write_text(Path(long).read_text() + "\n" + Path(name).read_text(), encoding="utf-8")
+    data = prepare(tokenizer, dataset=name, validation=long)
+    assert data.ledger.validation.dropped == 2
+    assert len(data.validation_examples) == 8
+
+
+def test_the_bundled_records_come_with_their_own_validation():
+    folder = resolve_bundled("bundled:tiny-llama")
+    assert folder is not None
+    data = prepare(load_tokenizer(folder), dataset="bundled:people", seq_length=512, align=16)
+    assert data.ledger.training_source == "bundled:people, train.jsonl"
+    assert data.ledger.validation_source == "bundled:people, validation.jsonl"
+    assert data.ledger.training.records >= 2000
+    assert data.ledger.training.dropped == data.ledger.training.truncated == 0
+    assert len({example.category for example in data.validation_examples}) >= 3
+
+
+@pytest.mark.real_data
+def test_a_text_file_becomes_rows_of_its_own_tokens(shared: Path):
+    folder = shared / "models" / "stories260K"
+    text = shared / "data" / "tinystories-sample.txt"
+    tokenizer = load_tokenizer(folder)
+    data = prepare(tokenizer, dataset=str(text), validation=str(text), seq_length=512)
+    assert data.ledger.training.tokens_read == len(tokenizer.encode(text.read_text(encoding="utf-8"))) + 2
+    assert data.ledger.training.tokens_labelled == data.ledger.training.tokens_read - 1
+
+
+@pytest.mark.real_data
+def test_an_eighth_of_a_megabyte_of_dolly_fills_its_rows(shared: Path):
+    """Best fit of real lengths: less than a tenth of the tokens of a row of 1,024 is padding."""
+    tokenizer = load_tokenizer(shared / "models" / "stories260K")
+    data = prepare(tokenizer, dataset=str(shared / "data" / "dolly-sample.jsonl"), seq_length=1024)
+    tally = data.ledger.training
+    assert tally.tokens_padded < 0.1 * tally.rows * 1024
