@@ -47,11 +47,16 @@ class Position:
     )
 
 
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint after ``step`` steps."""
+    return f"step_{step:06d}"
+
+
 def save_checkpoint(
     folder: Path, engine: Any, parameters: dict[str, nn.Parameter], adapter: AdapterFile, position: Position
 ) -> Path:
     """Write ``folder/step_NNNNNN`` and return it; every rank must call it."""
-    target = folder / f"step_{position.step:06d}"
+    target = folder / checkpoint_name(position.step)
     masters = read_masters(engine, parameters)
     moments = read_moments(engine, parameters)
     updates = read_optimizer_step(engine)

@@ -4,15 +4,18 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 
 from sparse_llama.config.run import Run
 from sparse_llama.distributed import ranks
+from sparse_llama.errors import CheckpointError
 from sparse_llama.model.checks import check_first_loss
 from sparse_llama.training import report
 from sparse_llama.training.checkpoint import (
     Position,
+    checkpoint_name,
     find_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -98,25 +101,24 @@ def _train(session: Session, position: Position, console: Console) -> Validation
                 validation = _validate(session)
                 monitors.write(step, {"validation/loss": validation.loss})
                 console.print(f"step {step}  validation loss {validation.loss:.4f}{report.score(validation)}")
-            if _is_due(step, training.save_every) or step == session.total_steps:
+            if _is_due(step, training.save_every):
                 _save(session, position)
+    if not _last_checkpoint(session, position).exists():
+        _save(session, position)
     final = _validate(session)
     monitors.write(session.total_steps, {"validation/loss": final.loss})
     return final
 
 
 def _begin(session: Session) -> Position:
-    """Make the output folder this run's own, with ``run.json`` in it."""
+    """Make the output folder this run's own."""
     output_dir = session.run.output_dir
-    if ranks.is_main():
-        if session.run.overwrite:
-            for name in ("checkpoints", "adapter", "tensorboard", "csv_monitor"):
-                shutil.rmtree(output_dir / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "summary.json"):
-                (output_dir / name).unlink(missing_ok=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "run.json", report.run_record(session))
-    ranks.barrier()
+    if ranks.is_main() and session.run.overwrite and (output_dir / "run.json").exists():
+        for name in ("checkpoints", "adapter", "tensorboard", "csv_monitor"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "summary.json"):
+            (output_dir / name).unlink(missing_ok=True)
+    _record(session)
     return Position()
 
 
@@ -126,8 +128,21 @@ def _resume(session: Session, console: Console) -> Position:
     folder = find_checkpoint(run.output_dir / "checkpoints", run.resume)
     position = load_checkpoint(folder, session.engine, session.parameters)
     console.print(f"resuming from {folder}")
-    ranks.barrier()
+    if position.step > session.total_steps:
+        raise CheckpointError(
+            f"{folder}: stands at step {position.step}, beyond the {session.total_steps} of this run; give "
+            "it more --steps or --epochs"
+        )
+    _record(session)
     return position
+
+
+def _record(session: Session) -> None:
+    """Write ``run.json``: what this run is, as it was started last."""
+    if ranks.is_main():
+        session.run.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(session.run.output_dir / "run.json", report.run_record(session))
+    ranks.barrier()
 
 
 def _save(session: Session, position: Position) -> None:
@@ -136,11 +151,15 @@ def _save(session: Session, position: Position) -> None:
     prune_checkpoints(folder, session.run.settings.training.keep_last)
 
 
+def _last_checkpoint(session: Session, position: Position) -> Path:
+    return session.run.output_dir / "checkpoints" / checkpoint_name(position.step)
+
+
 def _finish(session: Session, position: Position, final: Validation, console: Console) -> None:
     """Publish the adapter and the summary, then show both."""
     run = session.run
     if ranks.is_main():
-        last = run.output_dir / "checkpoints" / f"step_{position.step:06d}"
+        last = _last_checkpoint(session, position)
         adapter = run.output_dir / "adapter"
         adapter.mkdir(exist_ok=True)
         for name in ("adapter.safetensors", "adapter_config.json"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_llama.data.encode import encode_example, encode_pair
+from sparse_llama.data.encode import encode_example, encode_pair, encode_turns
 from sparse_llama.data.ledger import Tally
 from sparse_llama.data.prompt import alpaca_prompt
 from sparse_llama.data.records import Example, Turn, plain_text
@@ -74,3 +74,22 @@ def test_a_long_text_loses_no_token(tokenizer: Tokenizer):
     predicted = [label for piece in pieces for label in piece.labels if label != IGNORED]
     assert predicted == whole[1:]  # the first token has nothing before it
     assert (tally.tokens_read, tally.tokens_labelled, tally.tokens_dropped) == (len(whole), len(whole) - 1, 0)
+
+
+def test_the_first_token_is_never_predicted_where_no_beginning_is_marked(tokenizer: Tokenizer):
+    tokenizer.bos_id = None
+    document = encode_turns(plain_text("Ann lives"), tokenizer)
+    assert document.ids == [*tokenizer.encode("Ann lives"), 2]
+    assert document.labels == [IGNORED, *document.ids[1:]]
+
+
+def test_tokens_read_and_repeated_are_those_labelled_masked_and_dropped(tokenizer: Tokenizer):
+    """A record that is cut, one that is dropped, and a text in pieces."""
+    tally, length = Tally(), 4 + len(tokenizer.encode(PROMPT))
+    cut, dropped = (Turn(prompt, "In Oslo, far away.") for prompt in (PROMPT, PROMPT + "far away " * 9))
+    for example in (Example((cut,)), Example((dropped,)), plain_text("Ann lives in Oslo. " * 40)):
+        encode_example(example, tokenizer, length, tally)
+    assert (tally.records, tally.truncated, tally.dropped) == (3, 1, 1)
+    assert tally.tokens_repeated > 0
+    in_documents = tally.tokens_labelled + tally.tokens_masked
+    assert tally.tokens_read + tally.tokens_repeated == in_documents + tally.tokens_dropped

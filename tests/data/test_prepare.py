@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_llama.config.bundled import resolve_bundled
 from sparse_llama.config.settings import Settings
@@ -64,6 +65,14 @@ def test_the_account_is_printed_and_saved(tokenizer: Tokenizer, tmp_path: Path):
     values = [value for label, value in ledger.rows() if label == "  tokens"]
     for value, tally in zip(values, (ledger.training, ledger.validation), strict=True):
         assert f"{tally.tokens_read:,} read; {tally.tokens_labelled:,} trained on" in value
+
+
+def test_documents_of_packed_rows_start_at_multiples_of_the_block(tokenizer: Tokenizer, tmp_path: Path):
+    data = prepare(tokenizer, dataset=write(tmp_path / "a.jsonl", 60), align=16, seq_length=300)
+    starts = torch.cat([(batch.position_ids == 0).nonzero()[:, 1] for batch in data.validation_batches])
+    assert len(starts) == 3
+    assert max(starts) > 0
+    assert (starts % 16 == 0).all()
 
 
 def test_malformed_records_are_skipped_up_to_a_limit_and_shown(tokenizer: Tokenizer, tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -81,6 +81,9 @@ def fast_folder(tmp_path: Path) -> Path:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken("<|begin|>", special=True), AddedToken("<|end|>", special=True)])
+    made.post_processor = processors.TemplateProcessing(
+        single=["<|begin|>", "$A"], special_tokens=[("<|begin|>", 256)]
+    )
     made.save(str(tmp_path / "tokenizer.json"))
     names = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")

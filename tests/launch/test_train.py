@@ -78,6 +78,14 @@ def test_two_processes_follow_one(tmp_path: Path, free_port: int):
     assert len(curves[0]) == 3
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
+    again = tmp_path / "again"
+    resume = ["--resume", str(tmp_path / "1" / "checkpoints" / "step_000003"), "--zero_stage", "3"]
+    flags = [*resume, "--seq_length", "256", "--output_dir", str(again)]
+    done = launch(free_port, "--ds_config", str(path), *flags, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("adapter.safetensors", "adapter_config.json"):
+        assert (again / "adapter" / name).read_bytes() == (tmp_path / "1" / "adapter" / name).read_bytes()
+
 
 def test_a_mistake_is_said_once_whatever_the_number_of_processes(tmp_path: Path, free_port: int):
     path = tmp_path / "typo.json"

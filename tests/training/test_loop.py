@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_runs import losses
 from training.conftest import REMOVED
 
-from sparse_llama.errors import ConfigError
+from sparse_llama.errors import CheckpointError, ConfigError
 
 Train = Callable[..., Path]
 BF16 = {"bf16": {"enabled": True}}
@@ -143,3 +143,22 @@ def test_an_optimizer_that_needs_a_gpu_is_refused_on_the_cpu(train: Train):
         ConfigError, match=r"Lion needs a GPU, or to be offloaded; use AdamW, or ZeRO stage 1 to 3"
     ):
         train("run", optimizer={"type": "Lion", "params": {"lr": 1e-3}})
+
+
+def test_the_same_tensors_are_saved_to_the_same_bytes_at_every_stage(train: Train):
+    """What is exported is a function of these two files alone."""
+    training = {"sparse_llama": {"training": {"steps": 3, "exact_match_records": 0, "samples": 0}}}
+    written = train("stage_0", **training)
+    for stage in (1, 2, 3):
+        flags = {"resume": written / "checkpoints" / "step_000003", "zero_stage": stage}
+        again = train(f"stage_{stage}", flags=flags, **training)
+        for name in ("adapter.safetensors", "adapter_config.json"):
+            assert (again / "adapter" / name).read_bytes() == (written / "adapter" / name).read_bytes(), stage
+
+
+def test_a_checkpoint_beyond_the_run_is_refused(train: Train):
+    training = {"steps": 4, "exact_match_records": 0, "samples": 0}
+    written = train("run", sparse_llama={"training": training})
+    with pytest.raises(CheckpointError, match=r"step_000004: stands at step 4, beyond the 3 of this run"):
+        train("run", flags={"resume": "auto"}, sparse_llama={"training": training | {"steps": 3}})
+    assert (written / "summary.json").exists()
