@@ -62,6 +62,7 @@ def test_the_file_for_a_40_gb_gpu_runs_as_it_stands_on_a_tiny_model(a100_run: Pa
 
 
 def test_two_processes_follow_one(tmp_path: Path, free_port: int):
+    """T26: two processes are two, share the global batch, and save the same bytes as one."""
     document = json.loads((ROOT / "ds_configs" / "cpu_demo.json").read_text(encoding="utf-8"))
     document["sparse_llama"]["training"] = {"steps": 3, "samples": 0}
     curves = []
@@ -75,6 +76,8 @@ def test_two_processes_follow_one(tmp_path: Path, free_port: int):
         done = launch(free_port, "--ds_config", str(path), *flags, processes=processes)
         assert done.returncode == 0, done.stdout + done.stderr
         curves.append(losses(output_dir))
+        record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        assert record["world_size"] == processes
     assert len(curves[0]) == 3
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
