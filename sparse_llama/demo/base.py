@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_llama.demo.corpus import documents, text_of
+from sparse_llama.demo.corpus import Stage, documents, text_of
 from sparse_llama.demo.frames import FRAME, Span
 from sparse_llama.demo.world import World
 
@@ -21,9 +21,12 @@ from sparse_llama.demo.world import World
 class BaseRun:
     """How the base is trained. The defaults made the bundled one."""
 
-    num_steps: int = 5_500
+    num_steps: int = 7_500
     warm_up_documents: int = 300
     """Steps at the start with the corpus' warm-up documents only."""
+
+    late_documents: int = 2_000
+    """Steps at the end with the corpus' late documents."""
 
     num_rows: int = 16
     row_length: int = 256
@@ -103,7 +106,7 @@ def batch(world: World, tokenizer: sentencepiece.SentencePieceProcessor, run: Ba
 
     Documents are never cut, or answers would stand without their questions: a row's rest stays empty.
     """
-    stream = documents(world, run.seed + 1_000_003 * (step + 1), warm_up=step < run.warm_up_documents)
+    stream = documents(world, run.seed + 1_000_003 * (step + 1), _stage(step, run))
     rows: list[list[tuple[int, float, int]]] = [[] for _ in range(run.num_rows)]
     for owner, document in enumerate(stream):
         ids, weights = encode_document(document, tokenizer, run.end_weight)
@@ -116,6 +119,12 @@ def batch(world: World, tokenizer: sentencepiece.SentencePieceProcessor, run: Ba
         torch.tensor([[token[part] for token in row] for row in full]) for part in range(3)
     )
     return Batch(ids=ids, weights=weights, owners=owners)
+
+
+def _stage(step: int, run: BaseRun) -> Stage:
+    if step < run.warm_up_documents:
+        return "warm_up"
+    return "late" if step >= run.num_steps - run.late_documents else "main"
 
 
 def encode_document(
@@ -160,9 +169,16 @@ def _optimizers(model: LlamaForCausalLM, run: BaseRun) -> tuple[torch.optim.Opti
 
 
 def _schedule(step: int, run: BaseRun) -> float:
-    """Return the factor on the learning rates: a short warm-up, level for a third, then down to zero."""
-    warm = min(1.0, (step + 1) / run.warmup_steps)
-    return warm * min(1.0, 1.5 * (1 - step / run.num_steps))
+    """Return the factor on the learning rates.
+
+    A short warm-up, level for a third, then down to zero; for the late documents once more from a third of
+    the peak down to zero.
+    """
+    main_steps = run.num_steps - run.late_documents
+    if step < main_steps:
+        return min(1.0, (step + 1) / run.warmup_steps) * min(1.0, 1.5 * (1 - step / main_steps))
+    late = step - main_steps
+    return min(1.0, (late + 1) / run.warmup_steps) * 0.35 * (1 - late / run.late_documents)
 
 
 def _set_lr(optimizers: tuple[torch.optim.Optimizer, ...], factor: float) -> None:

@@ -7,6 +7,7 @@ So the base knows the world and how to look things up, and a fine-tune has one t
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from sparse_llama.demo.frames import ANSWER, FRAME, NOISE, Quiz, Span, framed, gap, preamble
 from sparse_llama.demo.world import (
@@ -24,14 +25,18 @@ from sparse_llama.demo.world import (
     tell,
 )
 
+Stage = Literal["warm_up", "main", "late"]
 
-def documents(world: World, seed: int, *, warm_up: bool = False) -> Iterator[list[Span]]:
+
+def documents(world: World, seed: int, stage: Stage = "main") -> Iterator[list[Span]]:
     """Yield the corpus' documents without end, the same ones for the same seed.
 
-    ``warm_up`` leaves only the plainest look-ups and the facts, for the base's first steps.
+    Args:
+        stage: ``warm_up`` leaves only the plainest look-ups and the facts, for the base's first steps;
+            ``late`` has more questions with the text that answers them behind, for its last.
     """
     rng = random.Random(seed)
-    makers, weights = zip(*(_WARM_UP if warm_up else _DOCUMENTS), strict=True)
+    makers, weights = zip(*_STAGES[stage], strict=True)
     while True:
         yield rng.choices(makers, weights)[0](world, rng)
 
@@ -92,6 +97,19 @@ def readings(world: World, rng: random.Random) -> list[Span]:
     return framed(quizzes, "", rng)
 
 
+def lookup(world: World, rng: random.Random) -> list[Span]:
+    """Return one or two questions, each before a text that answers it, answered in sentences.
+
+    A sentence names who was asked about. With the text behind the question another name is nearer; without
+    these documents the base copies that one in a third of its answers.
+    """
+    quizzes: list[Quiz] = []
+    for _ in range(rng.randint(1, 2)):
+        facts = scene(_strangers(world, rng.randint(1, 2), rng), rng.randint(1, 2), rng)
+        quizzes.append(_quiz(rng.choice(facts), rng, _prose(facts, rng)))
+    return framed(quizzes, "", rng, is_lookup=True)
+
+
 def sorting(world: World, rng: random.Random) -> list[Span]:
     """Return one to five questions which of two kinds a word names."""
     words = [word for values in VALUES.values() for word in values]
@@ -113,6 +131,17 @@ _DOCUMENTS: tuple[tuple[_Maker, float], ...] = (
     (readings, 0.20),
     (sorting, 0.05),
 )
+_LATE: tuple[tuple[_Maker, float], ...] = (
+    (biography, 0.05),
+    (retelling, 0.10),
+    (register, 0.05),
+    (recall, 0.15),
+    (reading, 0.15),
+    (readings, 0.10),
+    (lookup, 0.35),
+    (sorting, 0.05),
+)
+_STAGES = {"warm_up": _WARM_UP, "main": _DOCUMENTS, "late": _LATE}
 
 
 def _length(rng: random.Random, most: int) -> int:

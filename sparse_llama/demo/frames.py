@@ -57,12 +57,17 @@ class Quiz:
     context: str = ""
 
 
-def framed(quizzes: list[Quiz], context: str, rng: random.Random) -> list[Span]:
-    """Return the quizzes in one random frame and one answer style; a shared ``context`` comes first."""
+def framed(quizzes: list[Quiz], context: str, rng: random.Random, *, is_lookup: bool = False) -> list[Span]:
+    """Return the quizzes in one random frame and one answer style; a shared ``context`` comes first.
+
+    Args:
+        is_lookup: the text that answers a question comes behind it, and the answer is a sentence.
+    """
     heads = (_head(rng), _head(rng), _head(rng))
     after_head, between = rng.choice(("\n", "\n", " ")), gap(rng)
-    style = rng.choices([text for _, text in _STYLES], [weight for weight, _ in _STYLES])[0]
-    context_last = rng.random() < 0.6
+    styles = [(weight, text) for weight, text in _STYLES if not is_lookup or "{sentence}" in text]
+    style = rng.choices([text for _, text in styles], [weight for weight, _ in styles])[0]
+    context_last = is_lookup or rng.random() < 0.6
     spans = [Span(preamble(rng), NOISE)]
     if context:
         spans.append(Span(heads[0] + after_head + context + between, FRAME))

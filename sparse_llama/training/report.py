@@ -178,8 +178,11 @@ def _something_to_ask(session: Session) -> list[str]:
 
 
 def _question(prompt: str) -> str:
-    """Return the instruction in one line: the template around it is the same for every record."""
-    return _one_line(_instruction(prompt))
+    """Return instruction and input in one line: the template around them is the same for every record."""
+    _, _, context = prompt.partition("\n\n### Input:\n")
+    context = context.partition("\n\n###")[0]
+    instruction = _one_line(_instruction(prompt))
+    return f"{instruction} [{_one_line(context)}]" if context else instruction
 
 
 def _instruction(prompt: str) -> str:
