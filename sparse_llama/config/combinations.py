@@ -3,6 +3,7 @@ another."""
 
 import ctypes.util
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from sparse_llama.config.deepspeed import Document
@@ -69,6 +70,20 @@ def check_precision(checked: Document) -> None:
             f"data_types.grad_accum_dtype: stage {stage} sums gradients in the compute precision; "
             "use zero_optimization.stage 2 or 3, or leave it out"
         )
+
+
+def check_monitors(checked: Document) -> None:
+    """Refuse a monitor whose package is not installed: DeepSpeed would end in its ModuleNotFoundError.
+
+    Raises:
+        ConfigError: as said, with the package to install.
+    """
+    for name, module, package in (("wandb", "wandb", "wandb"), ("comet", "comet_ml", "comet-ml")):
+        if getattr(checked, name).enabled and find_spec(module) is None:
+            raise ConfigError(
+                f"{name}.enabled: needs the package {package}, which is not installed; pip install {package}, "
+                "or set it to false"
+            )
 
 
 def check_zero(checked: Document, optimizer: str) -> None:

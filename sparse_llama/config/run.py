@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sparse_llama.config.combinations import check_lengths, check_precision, check_zero, resolve_batch
+from sparse_llama.config.combinations import (
+    check_lengths,
+    check_monitors,
+    check_precision,
+    check_zero,
+    resolve_batch,
+)
 from sparse_llama.config.deepspeed import OUR_BLOCKS, ActivationCheckpointing, check_document
 from sparse_llama.config.document import read_document
 from sparse_llama.config.flags import Overrides, apply_flags, check_flags
@@ -169,6 +175,7 @@ def _resolve(
     sparsity = None if checked.sparse_attention is None else parse_sparsity(checked.sparse_attention)
     optimizer = default_optimizer() if checked.optimizer is None else parse_optimizer(merged["optimizer"])
     check_precision(checked)
+    check_monitors(checked)
     check_zero(checked, optimizer["type"])
     check_lengths(settings, sparsity)
 

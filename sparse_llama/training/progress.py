@@ -21,7 +21,7 @@ class TrainingProgress:
         self._live = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),  # so the line fits 80 columns
             TextColumn("{task.fields[figures]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),

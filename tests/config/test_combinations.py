@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_llama.config import combinations
 from sparse_llama.config.combinations import resolve_batch
 from sparse_llama.errors import ConfigError
 
@@ -205,3 +206,15 @@ def test_the_default_document_needs_nothing_but_a_batch_size(load):
     assert run.checkpointing is None
     assert run.settings.training.epochs == 1
     assert run.notices == ()
+
+
+@pytest.mark.parametrize(("block", "package"), [("wandb", "wandb"), ("comet", "comet-ml")])
+def test_a_monitor_without_its_package_is_refused(refusal, load, monkeypatch, block, package):
+    monkeypatch.setattr(combinations, "find_spec", lambda module: None)
+    assert refusal({block: {"enabled": True}}) == (
+        f"{block}.enabled: needs the package {package}, which is not installed; pip install {package}, or "
+        "set it to false"
+    )
+    load({block: {"enabled": False}})
+    monkeypatch.setattr(combinations, "find_spec", lambda module: object())
+    load({block: {"enabled": True}})
