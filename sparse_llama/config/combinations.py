@@ -81,8 +81,8 @@ def check_monitors(checked: Document) -> None:
     for name, module, package in (("wandb", "wandb", "wandb"), ("comet", "comet_ml", "comet-ml")):
         if getattr(checked, name).enabled and find_spec(module) is None:
             raise ConfigError(
-                f"{name}.enabled: needs the package {package}, which is not installed; pip install {package}, "
-                "or set it to false"
+                f"{name}.enabled: needs the package {package}, which is not installed; "
+                f"pip install {package}, or set it to false"
             )
 
 
