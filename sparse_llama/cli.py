@@ -265,6 +265,7 @@ def export(arguments: argparse.Namespace) -> None:
     from sparse_llama.export import export_merged
     from sparse_llama.reporting.tables import show_table
 
+    _hide_loading_bars()
     exported = export_merged(
         arguments.checkpoint,
         arguments.output,
@@ -295,6 +296,7 @@ def _open(arguments: argparse.Namespace) -> "OpenedModel":
     from sparse_llama.distributed.ranks import device
     from sparse_llama.model.assemble import open_model
 
+    _hide_loading_bars()
     return open_model(
         arguments.model,
         _adapter_folder(arguments.adapter),
@@ -302,6 +304,13 @@ def _open(arguments: argparse.Namespace) -> "OpenedModel":
         device=device(),
         trust_remote_code=arguments.trust_remote_code,
     )
+
+
+def _hide_loading_bars() -> None:
+    """Keep transformers' progress bars, which belong to no command of ours, off standard error."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _make_room_for(file: Path) -> None:
