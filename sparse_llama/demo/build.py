@@ -1,8 +1,8 @@
 """Builds the bundled demo from nothing: ``python -m sparse_llama.demo.build --output DIR``.
 
 Writes ``DIR/model`` (config, weights, tokenizer) and ``DIR/data/people`` (training and validation records).
-The base takes about an hour on one core; a build that was stopped continues from ``DIR/state`` when started
-again.
+The base takes about 80 minutes on one core; a build that was stopped continues from ``DIR/state`` when
+started again.
 """
 
 import argparse
