@@ -31,6 +31,7 @@ def encode_example(example: Example, tokenizer: Tokenizer, row_length: int, tall
     for document in documents:
         labelled = sum(label != IGNORED for label in document.labels)
         tally.tokens_labelled += labelled
+        tally.longest_document = max(tally.longest_document, len(document.ids))
         tally.tokens_masked += len(document.ids) - labelled
     return documents
 

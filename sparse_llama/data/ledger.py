@@ -31,6 +31,8 @@ class Tally:
     tokens_padded: int = 0
     """Between documents, behind the last one of a row, behind rows shorter than others of a micro-batch."""
     rows: int = 0
+    longest_document: int = 0
+    """Its tokens."""
 
 
 @dataclass

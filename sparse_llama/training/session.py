@@ -110,7 +110,7 @@ def prepare(run: Run, console: Console) -> Session:
         plan=assembled.plan,
         adapter=adapter,
         total_steps=total_steps,
-        notices=_notices(run, assembled, config.max_position_embeddings),
+        notices=_notices(run, assembled, data, config.max_position_embeddings),
     )
 
 
@@ -163,12 +163,18 @@ def _check_first_logits(run: Run, llama: LlamaForCausalLM, data: PreparedData) -
     check_logits(logits, source=model.path, random_weights=model.random_weights)
 
 
-def _notices(run: Run, assembled: Assembled, max_positions: int) -> tuple[str, ...]:
-    length = run.settings.seq_length
-    if length <= max_positions:
-        return assembled.notices
-    return (
-        *assembled.notices,
-        f"sparse_llama.seq_length: {length} tokens, but the base was made for {max_positions} "
-        "(max_position_embeddings); it has never seen such positions",
-    )
+def _notices(run: Run, assembled: Assembled, data: PreparedData, max_positions: int) -> tuple[str, ...]:
+    notices = list(assembled.notices)
+    length, longest = run.settings.seq_length, data.ledger.training.longest_document
+    if length > max_positions:
+        notices.append(
+            f"sparse_llama.seq_length: {length} tokens, but the base was made for {max_positions} "
+            "(max_position_embeddings); it has never seen such positions"
+        )
+    plan = assembled.plan
+    if plan.layout_at(length) is not None and plan.layout_at(longest) is None:
+        notices.append(
+            f"sparse_attention: no document is longer than {longest} tokens, and up to there this layout is "
+            "fully causal: the numbers are those of dense attention"
+        )
+    return tuple(notices)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from adapted_models import adapt
-from sparse_llama.attention.interface import attach_attention, plan_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_llama.adapters.attach import (
@@ -13,6 +12,7 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
+from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from adapted_models import adapt, tokens
 from oracles.adapter_formula import adapted_logits, token_loss
-from sparse_llama.attention.interface import attention_core
 from transformers import DynamicCache
 
 from sparse_llama.adapters.attach import trainable_parameters
 from sparse_llama.adapters.zero_init import _PromptedAttention
+from sparse_llama.attention.interface import attention_core
 
 # L2 error over L2 norm, fp32 against fp64: roundings of 2^-24 through 4 layers, whose softmaxes have scores
 # of up to 30

@@ -13,7 +13,6 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.utils import logger, safe_get_full_grad
-from sparse_llama.attention.interface import attach_attention, plan_attention
 
 from sparse_llama.adapters.attach import (
     attach_adapters,
@@ -22,6 +21,7 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
+from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.distributed import ranks
 from sparse_llama.memory.checkpointing import checkpoint_layers

@@ -162,3 +162,18 @@ def test_a_checkpoint_beyond_the_run_is_refused(train: Train):
     with pytest.raises(CheckpointError, match=r"step_000004: stands at step 4, beyond the 3 of this run"):
         train("run", flags={"resume": "auto"}, sparse_llama={"training": training | {"steps": 3}})
     assert (written / "summary.json").exists()
+
+
+def test_a_layout_that_hides_nothing_from_any_document_is_said(
+    train: Train, capsys: pytest.CaptureFixture[str]
+):
+    """The density is that of a whole row; packed documents are shorter, and may all be causal under it."""
+    training = {"steps": 3, "exact_match_records": 0, "samples": 0}
+    train("sparse", sparse_llama={"training": training})
+    assert "no document is longer than" not in capsys.readouterr().out
+    wide = {"mode": "fixed", "num_local_blocks": 24}
+    wide |= {"num_sliding_window_blocks": REMOVED, "global_block_indices": REMOVED}
+    train("wide", sparse_llama={"training": training, "seq_length": 512}, sparse_attention=wide)
+    assert "fully causal: the numbers are those of dense attention" in " ".join(
+        capsys.readouterr().out.split()
+    )
