@@ -171,7 +171,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 where = {"device": device_name(), "versions": versions(), "git_commit": git_commit()}
                 write_json(arguments.json, to_json(result) | asked | where)
     finally:
-        ranks.finalize()
+        if world_size() > 1:
+            ranks.finalize()
 
 
 def generate_parser(doc: str | None) -> Parser:

@@ -116,12 +116,18 @@ def test_the_base_knows_the_facts_of_people_in_its_own_frames(
 def test_the_base_finds_a_fact_in_a_text_it_never_saw(
     world: World, model: LlamaForCausalLM, tokenizer: sentencepiece.SentencePieceProcessor
 ):
+    """By what is asked for. It does not tell apart two people of one text who both live somewhere."""
     found = 0
-    for first, second in zip(world.held_out_strangers[:14], world.held_out_strangers[14:28], strict=True):
-        text = f"{first} lives in Oslo. {second} lives in Cairo."
+    cities = ("Oslo", "Cairo", "Lima", "Tokyo", "Quito", "Sofia", "Perth")
+    for number, (first, second) in enumerate(
+        zip(world.held_out_strangers[:14], world.held_out_strangers[14:28], strict=True)
+    ):
+        city = cities[number % len(cities)]
+        facts = [f"{second} lives in {city}.", f"{first} works as a baker."]
+        text = " ".join(facts if number % 2 else reversed(facts))
         prompt = f"# Question:\nWhere does {second} live?\n\n# Text:\n{text}\n\n# Answer:\nIt is"
-        found += complete(model, tokenizer, prompt, 1) == "Cairo"
-    assert found >= 11  # of 14; whoever cannot tell the two strangers apart finds 7
+        found += complete(model, tokenizer, prompt, 1) == city
+    assert found >= 12  # of 14; a guess among the 14 cities is right once
 
 
 def test_an_answers_tokens_weigh_one_and_the_space_before_it_counts_as_its_first(
