@@ -8,14 +8,6 @@ Exact but for fp32 rounding. Cast the result once, at the end: folding in bf16 w
 import torch
 
 
-def fold_scale_bias(
-    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, adapter_bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the fp32 weight (out, in) and bias (out,) of the plain Linear that equals scale * (W x + bias +
-    adapter_bias)."""
-    return fold_weight(weight, scale), fold_bias(bias, scale, adapter_bias)
-
-
 def fold_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the folded (out, in) weight alone, fp32; the two of a layer may lie in different shards."""
     return weight.float() * scale.float()[:, None]

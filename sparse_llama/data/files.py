@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,30 @@ def parse_found(place: str, record: object) -> Found:
         return Found(place, parse_record(record))
     except MalformedRecordError as error:
         return Found(place, None, str(error))
+
+
+def take_examples(records: Iterable[Found], malformed: list[str], limit: int, remedy: str) -> list[Example]:
+    """Return the well-formed examples; add where and why to ``malformed`` for each of the others.
+
+    Args:
+        limit: how many malformed records there may be.
+        remedy: what to do about more of them.
+
+    Raises:
+        DataError: there are more.
+    """
+    examples: list[Example] = []
+    for found in records:
+        if found.example is not None:
+            examples.append(found.example)
+            continue
+        malformed.append(f"{found.place}: {found.reason}")
+        if len(malformed) > limit:
+            raise DataError(
+                f"{malformed[0]}; that is the first of more than {limit} malformed records, the last is "
+                f"{found.place}; {remedy}"
+            )
+    return examples
 
 
 def _read_jsonl(path: Path) -> Iterator[Found]:

@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import random_split
 
 from sparse_llama.config.settings import DataSettings
+from sparse_llama.data.files import Found, take_examples
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.records import Example, plain_text
-from sparse_llama.data.sources import Found, open_source
+from sparse_llama.data.sources import open_source
 from sparse_llama.errors import DataError
 
 _PARTS, _MOST_BY_DEFAULT = 20, 2000
@@ -99,18 +100,8 @@ def _split_text(text: str, name: str) -> tuple[list[Example], list[Example]]:
 
 def _take(records: Iterator[Found], name: str, data: DataSettings, ledger: Ledger) -> list[Example]:
     """Return the well-formed examples; note the others, up to the limit."""
-    examples: list[Example] = []
-    for found in records:
-        if found.example is not None:
-            examples.append(found.example)
-            continue
-        ledger.malformed.append(f"{found.place}: {found.reason}")
-        if len(ledger.malformed) > data.max_malformed:
-            raise DataError(
-                f"{ledger.malformed[0]}; that is the first of more than {data.max_malformed} malformed "
-                f"records, the last is {found.place}; repair the data, or raise "
-                "sparse_llama.data.max_malformed"
-            )
+    remedy = "repair the data, or raise sparse_llama.data.max_malformed"
+    examples = take_examples(records, ledger.malformed, data.max_malformed, remedy)
     if not examples:
         raise DataError(f"{name}: no records")
     return examples

@@ -5,15 +5,15 @@ Three corpora go by the names and the joins that published perplexities of LLaMA
 which is one file of code on the hub, is read from the parquet file that the hub made of it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_llama.config.section import suggest
 from sparse_llama.config.settings import DataSettings
+from sparse_llama.data.files import take_examples
 from sparse_llama.data.records import Example
-from sparse_llama.data.sources import Found, open_source
+from sparse_llama.data.sources import open_source
 from sparse_llama.errors import DataError
 
 _BETWEEN_DOCUMENTS = "\n\n"
@@ -83,7 +83,9 @@ def read_corpus(name: str) -> Corpus:
         raise DataError(f"--data: no file and no corpus is called {name!r}{suggest(name, HUB_TEXTS)}")
     source = open_source(name)
     part = "all records" if source.validation is None else "its validation records"
-    examples, malformed = _take(source.training if source.validation is None else source.validation)
+    records = source.training if source.validation is None else source.validation
+    malformed: list[str] = []
+    examples = take_examples(records, malformed, DataSettings().max_malformed, "repair the data")
     if not examples:
         raise DataError(f"--data {name}: no records")
     if any(example.prompt for example in examples):
@@ -110,21 +112,3 @@ def _from_hub(name: str, hub_text: HubText) -> Corpus:
     origin = " ".join([*hub_text.arguments, *(hub_text.data_files or {}).values()])
     source = f"{origin}, {hub_text.split}, {len(texts):,} rows joined by {hub_text.join!r}"
     return Corpus(source, text=hub_text.join.join(texts))
-
-
-def _take(records: Iterator[Found]) -> tuple[list[Example], list[str]]:
-    """Return the examples, and what is wrong with the records that are none; as many as training allows."""
-    limit = DataSettings().max_malformed
-    examples: list[Example] = []
-    malformed: list[str] = []
-    for found in records:
-        if found.example is not None:
-            examples.append(found.example)
-            continue
-        malformed.append(f"{found.place}: {found.reason}")
-        if len(malformed) > limit:
-            raise DataError(
-                f"{malformed[0]}; that is the first of more than {limit} malformed records, the last is "
-                f"{found.place}; repair the data"
-            )
-    return examples, malformed

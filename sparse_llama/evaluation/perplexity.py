@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from sparse_llama.data.packing import IGNORED
 from sparse_llama.distributed.ranks import all_reduce_sum, own_share
 from sparse_llama.errors import ConfigError, DataError
 from sparse_llama.generation import longest_sequence
 from sparse_llama.model.checks import check_logits
-from sparse_llama.model.objective import IGNORED
 
 _LARGEST_EXPONENT = 709.0  # exp(710) is more than an fp64 can hold
 

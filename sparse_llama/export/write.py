@@ -13,15 +13,13 @@ from pathlib import Path
 import torch
 
 from sparse_llama.adapters.weights import load_adapter, save_adapter
-from sparse_llama.attention.interface import plan_attention
-from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.errors import ExportError
 from sparse_llama.export.agreement import Errors, Reference, make_reference
 from sparse_llama.export.merged import MergedModel, merged_tensors, plan_merge
 from sparse_llama.export.publish import check_output, find_adapter, publishing
 from sparse_llama.export.shards import MAX_SHARD_BYTES, ShardWriter
 from sparse_llama.export.tokenizer_files import write_tokenizer
-from sparse_llama.model.assemble import MODELLING_CODE
+from sparse_llama.model.assemble import MODELLING_CODE, plan_of_adapter
 from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import read_config
 
@@ -86,13 +84,7 @@ def export_merged(
     folder = resolve_model(name, revision)
     check_output(output, overwrite=overwrite, sources=(adapter, folder))
     config = read_config(folder)
-    plan = plan_attention(
-        None if file.sparse_attention is None else parse_sparsity(file.sparse_attention),
-        num_heads=config.num_attention_heads,
-        master_length=file.master_length,
-        seed=file.seed,
-        backend="auto",
-    )
+    plan = plan_of_adapter(file, num_heads=config.num_attention_heads)
     kept_dtype: torch.dtype = dtype or getattr(torch, file.dtype)
     reference = make_reference(str(folder), adapter, revision=None, dtype=kept_dtype, layout=plan.layout)
     merged = plan_merge(config, file.adapter, tensors, plan.layout)

@@ -128,6 +128,17 @@ def open_model(
     return OpenedModel(llama, load_tokenizer(folder), None, model, folder)
 
 
+def plan_of_adapter(file: AdapterFile, *, num_heads: int) -> AttentionPlan:
+    """Return how an adapter's run attended: its layout is part of the model."""
+    return plan_attention(
+        None if file.sparse_attention is None else parse_sparsity(file.sparse_attention),
+        num_heads=num_heads,
+        master_length=file.master_length,
+        seed=file.seed,
+        backend="auto",
+    )
+
+
 def is_own_modelling_code(folder: Path) -> bool:
     """Return whether the code in ``folder`` is byte for byte what this version ships, and nothing else."""
     if not MODELLING_CODE.is_file():
@@ -154,14 +165,7 @@ def _open_adapted(
     revision = revision if model else file.base_model.revision
     computed_in: torch.dtype = dtype or getattr(torch, file.dtype)
     loaded = load_llama(base, dtype=computed_in, device=device, revision=revision)
-    sparsity = None if file.sparse_attention is None else parse_sparsity(file.sparse_attention)
-    plan = plan_attention(
-        sparsity,
-        num_heads=loaded.model.config.num_attention_heads,
-        master_length=file.master_length,
-        seed=file.seed,
-        backend="auto",
-    )
+    plan = plan_of_adapter(file, num_heads=loaded.model.config.num_attention_heads)
     attach_attention(loaded.model, plan)
     attach_adapters(loaded.model, file.adapter, seed=file.seed)
     apply_adapter(loaded.model, tensors, source=str(adapter))

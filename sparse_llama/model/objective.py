@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
-IGNORED = -100
+from sparse_llama.data.packing import IGNORED
 
 
 class TokenLoss(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparse_llama.adapters.weights import CONFIG_NAME, WEIGHTS_NAME
 from sparse_llama.config.run import Run
 from sparse_llama.distributed import ranks
 from sparse_llama.errors import CheckpointError
@@ -162,7 +163,7 @@ def _finish(session: Session, position: Position, final: Validation, console: Co
         last = _last_checkpoint(session, position)
         adapter = run.output_dir / "adapter"
         adapter.mkdir(exist_ok=True)
-        for name in ("adapter.safetensors", "adapter_config.json"):
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
             shutil.copyfile(last / name, adapter / name)
         summary = report.summarize(session, position, final)
         write_json(run.output_dir / "summary.json", summary)

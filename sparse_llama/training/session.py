@@ -133,7 +133,6 @@ def _describe(run: Run, parameters: dict[str, nn.Parameter]) -> AdapterFile:
     settings = run.settings
     model, master_length = settings.model, settings.attention.master_length
     assert master_length is not None, "a resolved run has its master length"
-    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     return AdapterFile.model_validate(
         {
             "base_model": BaseModelReference(path=model.path, revision=model.revision),
@@ -142,7 +141,7 @@ def _describe(run: Run, parameters: dict[str, nn.Parameter]) -> AdapterFile:
             "master_length": master_length,
             "seed": settings.seed,
             "seq_length": settings.seq_length,
-            "dtype": dtypes[run.precision],
+            "dtype": str(DTYPES[run.precision]).removeprefix("torch."),
             "trainable_parameters": sum(count_elements(parameter) for parameter in parameters.values()),
             "version": __version__,
         }
