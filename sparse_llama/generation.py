@@ -116,11 +116,12 @@ def longest_sequence(model: PreTrainedModel) -> tuple[int, str]:
     limits = [(int(model.config.max_position_embeddings), "max_position_embeddings of the model")]
     for module in model.modules():
         plan = getattr(module, "attention_plan", None)
-        if plan is not None and plan.layout is not None:
-            limits.append((plan.layout.num_tokens, "master_length of the sparse layout"))
-    exported = getattr(model.config, "layout", None)  # an export carries its layout itself
-    if isinstance(exported, dict):
-        limits.append((exported["block"] * exported["num_blocks"], "length of the export's sparse layout"))
+        longest = None if plan is None else plan.max_tokens()
+        if longest is not None:
+            limits.append((longest, "master_length of the sparse layout"))
+            break  # all layers have the same plan
+    for sizes in getattr(model.config, "layouts", ()):  # an export carries its layouts itself
+        limits.append((sizes["block"] * sizes["num_blocks"], "length of the export's sparse layout"))
     return min(limits)
 
 

@@ -15,11 +15,14 @@ from functools import lru_cache
 
 import torch
 
-from sparse_llama.attention.chunks import Chunk, Part, Spans, cut_into_chunks
-from sparse_llama.attention.core import Gradients, statistics_dtype
+from sparse_llama.attention.chunks import Part, Parts, Spans, cut_into_parts
+from sparse_llama.attention.core import Gradients, expand_heads, statistics_dtype, sum_heads
 from sparse_llama.attention.documents import Documents
 from sparse_llama.attention.kernels import causal_backward, causal_forward, masked_backward, masked_forward
 from sparse_llama.layouts import Layout
+
+Heads = slice | torch.Tensor
+"""Heads of one pattern, as an index; a slice where it can be, which copies nothing."""
 
 
 class ChunkedLayout:
@@ -28,15 +31,20 @@ class ChunkedLayout:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.heads = tuple(
-            torch.tensor([h for h, own in enumerate(layout.head_patterns) if own == pattern])
+            _as_index([head for head, own in enumerate(layout.head_patterns) if own == pattern])
             for pattern in range(len(layout.patterns))
         )
         # Documents of a data set have a few hundred different lengths; a list is some 100 KB at 1,024 tokens.
-        self.chunks = lru_cache(maxsize=256)(self._cut)
+        self.parts = lru_cache(maxsize=256)(self._cut)
         self.is_causal_at = lru_cache(maxsize=4096)(layout.is_causal_at)
 
-    def _cut(self, pattern: int, num_tokens: int) -> tuple[Chunk, ...]:
-        return cut_into_chunks(self.layout.patterns[pattern], self.layout.block, num_tokens)
+    def _cut(self, pattern: int, num_tokens: int) -> Parts:
+        return cut_into_parts(self.layout.patterns[pattern], self.layout.block, num_tokens)
+
+
+def _as_index(heads: list[int]) -> Heads:
+    is_run = heads == list(range(heads[0], heads[-1] + 1))
+    return slice(heads[0], heads[-1] + 1) if is_run else torch.tensor(heads)
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class BlockwiseCore:
         documents = self.documents
         if documents.is_one_per_row:
             return self._forward(query, key, value)
-        output = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
+        output = documents.empty_like(query)
+        lse = query.new_zeros(query.shape[:-1], dtype=statistics_dtype(query.dtype))
         for group in documents.groups:
             part, part_lse = self._forward(*(documents.cut(tensor, group) for tensor in (query, key, value)))
             documents.put(output, group, part)
@@ -75,12 +83,12 @@ class BlockwiseCore:
         saved = (grad, query, key, value, output, lse)
         if documents.is_one_per_row:
             return self._backward(*saved)
-        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        grads = tuple(documents.empty_like(tensor) for tensor in (query, key, value))
         for group in documents.groups:
             parts = self._backward(*(documents.cut(tensor, group) for tensor in saved))
             for whole, part in zip(grads, parts, strict=True):
                 documents.put(whole, group, part)
-        return grads
+        return grads[0], grads[1], grads[2]
 
     def _sparse(self, num_tokens: int) -> ChunkedLayout | None:
         """Return the layout where it is one at this length, None where attention is full."""
@@ -93,16 +101,12 @@ class BlockwiseCore:
         chunked = self._sparse(query.shape[2])
         if chunked is None:
             return causal_forward(query, key, value, self.scaling)
-        compute = _compute_dtype(query.dtype)
         output = torch.empty_like(query)
         lse = query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
         for pattern, heads in enumerate(chunked.heads):
-            q, k, v = _heads(query, key, value, heads, compute)
-            for chunk in chunked.chunks(pattern, query.shape[2]):
-                rows = slice(chunk.first, chunk.last)
-                part, part_lse = _attend(q[:, :, rows], k, v, chunk, self.scaling)
-                output[:, heads, rows] = part.to(output.dtype)
-                lse[:, heads, rows] = part_lse
+            q, k, v = _inputs(query, key, value, heads)
+            parts = chunked.parts(pattern, query.shape[2])
+            output[:, heads], lse[:, heads] = _attend(q, k, v, parts, self.scaling)
         return output, lse
 
     def _backward(
@@ -117,98 +121,89 @@ class BlockwiseCore:
         chunked = self._sparse(query.shape[2])
         if chunked is None:
             return causal_backward(grad, query, key, value, output, lse, self.scaling)
-        compute = _compute_dtype(query.dtype)
-        groups = query.shape[1] // key.shape[1]
         grad_query = torch.empty_like(query)
-        # fp32: a key's gradient is a sum over many chunks
-        grad_key, grad_value = (torch.zeros_like(t, dtype=statistics_dtype(t.dtype)) for t in (key, value))
+        # of query heads, (B, H, T, D), in the dtype that sums are made in
+        grad_key, grad_value = (
+            torch.empty_like(query, dtype=statistics_dtype(query.dtype)) for _ in range(2)
+        )
         for pattern, heads in enumerate(chunked.heads):
-            q, k, v = _heads(query, key, value, heads, compute)
-            g, o, statistic = grad[:, heads].to(compute), output[:, heads].to(compute), lse[:, heads]
-            dk, dv = (torch.zeros_like(t, dtype=grad_key.dtype) for t in (k, v))
-            for chunk in chunked.chunks(pattern, query.shape[2]):
-                rows = slice(chunk.first, chunk.last)
-                own = (g[:, :, rows], q[:, :, rows], o[:, :, rows], statistic[:, :, rows])
-                grad_query[:, heads, rows] = _attend_backward(*own, k, v, dk, dv, chunk, self.scaling).to(
-                    grad_query
-                )
-            grad_key.index_add_(1, heads // groups, dk)
-            grad_value.index_add_(1, heads // groups, dv)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+            q, k, v = _inputs(query, key, value, heads)
+            g, o = (tensor[:, heads].to(q.dtype) for tensor in (grad, output))
+            parts = chunked.parts(pattern, query.shape[2])
+            grads = _attend_backward(g, q, k, v, o, lse[:, heads], parts, self.scaling)
+            grad_query[:, heads], grad_key[:, heads], grad_value[:, heads] = grads
+        grad_key, grad_value = (sum_heads(t, key.shape[1]).to(key.dtype) for t in (grad_key, grad_value))
+        return grad_query, grad_key, grad_value
 
 
-def _heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: torch.Tensor, dtype: torch.dtype
+def _inputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return query, key and value of one pattern's query heads, in what the kernel computes in."""
-    groups = query.shape[1] // key.shape[1]
-    return query[:, heads].to(dtype), key[:, heads // groups].to(dtype), value[:, heads // groups].to(dtype)
+    """Return query, key and value of one pattern's query heads, in what the kernel computes in.
+
+    16-bit inputs are computed in fp32: without a bf16 unit the kernel's own bf16 backward pass is 15 times
+    slower (4,096 tokens, AVX2), and merging results rounded to 16 bits would round once per part.
+    """
+    num_heads, dtype = query.shape[1], statistics_dtype(query.dtype)
+    keys, values = (expand_heads(tensor, num_heads)[:, heads].to(dtype) for tensor in (key, value))
+    return query[:, heads].to(dtype), keys, values
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: Chunk, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Parts, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return output and lse of one chunk's queries."""
-    output, lse = _attend_part(query, key, value, chunk.parts[0], scaling)
-    for part in chunk.parts[1:]:
-        other, other_lse = _attend_part(query, key, value, part, scaling)
-        merged = torch.logaddexp(lse, other_lse)
-        output = output * (lse - merged).exp()[..., None] + other * (other_lse - merged).exp()[..., None]
-        lse = merged
+    """Return output and lse, (B, H, T, D) and (B, H, T), of heads that share a pattern."""
+    output = torch.empty_like(query)
+    lse = query.new_empty(query.shape[:-1])
+    for part in parts.leaves:
+        rows = slice(part.first, part.last)
+        output[:, :, rows], lse[:, :, rows] = _call(query, key, value, part, scaling)
+    for part in parts.shared:
+        rows = slice(part.first, part.last)
+        more, more_lse = _call(query, key, value, part, scaling)
+        own, own_lse = output[:, :, rows], lse[:, :, rows]
+        merged = torch.logaddexp(own_lse, more_lse)
+        own.mul_((own_lse - merged).exp_()[..., None]).add_(more.mul_((more_lse - merged).exp_()[..., None]))
+        own_lse.copy_(merged)
     return output, lse
 
 
-def _attend_part(
+def _call(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Part, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = _additive(part.mask, query.dtype)
-    return masked_forward(query, _gather(key, part.spans), _gather(value, part.spans), mask, scaling)
+    mask = part.mask(query.dtype)
+    keys, values = _gather(key, part.spans), _gather(value, part.spans)
+    return masked_forward(query[:, :, part.first : part.last], keys, values, mask, scaling)
 
 
 def _attend_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    grad_key: torch.Tensor,
-    grad_value: torch.Tensor,
-    chunk: Chunk,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    parts: Parts,
     scaling: float,
-) -> torch.Tensor:
-    """Return the gradient of one chunk's queries and add to those of all keys and values."""
-    grad_query = torch.zeros_like(query)
-    for part in chunk.parts:
+) -> Gradients:
+    """Return the gradients of heads that share a pattern; keys and values are those of query heads."""
+    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for part in (*parts.leaves, *parts.shared):
+        mask = part.mask(query.dtype)
         keys, values = _gather(key, part.spans), _gather(value, part.spans)
-        mask = _additive(part.mask, query.dtype)
-        dq, dk, dv = masked_backward(grad, query, keys, values, output, lse, mask, scaling)
-        grad_query += dq
+        g, q, o, statistic = (t[:, :, part.first : part.last] for t in (grad, query, output, lse))
+        dq, dk, dv = masked_backward(g, q, keys, values, o, statistic, mask, scaling)
+        grad_query[:, :, part.first : part.last] += dq
         first = 0
         for start, end in part.spans:
             last = first + end - start
             grad_key[:, :, start:end] += dk[:, :, first:last]
             grad_value[:, :, start:end] += dv[:, :, first:last]
             first = last
-    return grad_query
+    return grad_query, grad_key, grad_value
 
 
 def _gather(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
     """Return the tokens of ``spans`` of a (B, H, S, D) tensor; a view of a single span."""
     pieces = [tensor[:, :, start:end] for start, end in spans]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what the kernel computes in: fp32 under 16-bit inputs.
-
-    Without a bf16 unit the kernel's own bf16 backward pass is 15 times slower than fp32's (4,096 tokens,
-    AVX2), and merging parts rounded to 16 bits would round once per part.
-    """
-    return statistics_dtype(dtype)

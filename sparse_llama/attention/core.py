@@ -3,7 +3,7 @@
 ``B`` batch, ``T`` tokens, ``H`` query heads, ``K`` key/value heads, ``D`` head width.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -62,6 +62,24 @@ class CoreAttention(torch.autograd.Function):
         statistics = statistics_dtype(grad.dtype)
         delta = (grad.to(statistics) * output.to(statistics)).sum(-1)
         return None, *ctx.core.backward(grad, query, key, value, output, lse, delta)
+
+
+@runtime_checkable
+class DifferentiableCore(AttentionCore, Protocol):
+    """A core that is one operation with a gradient of its own, which may be traced and compiled."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return the (B, H, T, D) output, differentiable."""
+        ...
+
+
+def attend(
+    core: AttentionCore, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Return the (B, H, T, D) output of ``core``, differentiable."""
+    if isinstance(core, DifferentiableCore):
+        return core.attend(query, key, value)
+    return CoreAttention.apply(core, query, key, value)  # type: ignore[no-any-return]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -180,7 +180,7 @@ def _pad(
 
 def mask_mod(layout: Layout, documents: Documents, device: torch.device) -> MaskMod:
     """Return the function of (batch row, head, query token, key token) that says whether they attend."""
-    start_of = torch.empty(documents.num_rows, documents.num_tokens, dtype=torch.int32)
+    start_of = torch.full((documents.num_rows, documents.num_tokens), -1, dtype=torch.int32)  # -1: padding
     for group in documents.groups:
         start_of[list(group.rows), group.first : group.last] = group.first
     parts = [_split(pattern) for pattern in layout.patterns]
@@ -198,8 +198,9 @@ def mask_mod(layout: Layout, documents: Documents, device: torch.device) -> Mask
         batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
         first, pattern = start_of[batch, query], own[head]
-        query_block, key_block = (query - first) // block, (key - first) // block
-        is_same = (first == start_of[batch, key]) & (query >= key)
+        query_block = torch.where(first >= 0, (query - first) // block, 0)
+        key_block = (key - first) // block
+        is_same = (first == start_of[batch, key]) & (first >= 0) & (query >= key)
         key_block = torch.where(is_same, key_block, 0)  # another document's block may be none of the layout
         sees = is_global[pattern, key_block]
         for index in range(width):

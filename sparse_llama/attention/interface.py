@@ -1,62 +1,64 @@
 """The seam to transformers: attention under a name of ours, its core picked by layout and device.
 
 transformers calls ``ALL_ATTENTION_FUNCTIONS[config._attn_implementation](module, q, k, v, mask, ...)`` with q
-already rotated. No forward is copied and nothing is patched. Which core computes:
-
-    full causal             PyTorch's own kernels, the numbers of plain LLaMA
-    block-sparse, CPU       ``blockwise``
-    block-sparse, CUDA      ``flex``
-    a step of decoding      PyTorch's kernels under the mask's last rows: the training row, to rounding
+already rotated. No forward is copied and nothing is patched. A training or prefill pass gets the core that
+``dispatch`` picks for the layer's layout; tokens after a cached prefix get ``decoding``'s.
 """
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 
-from sparse_llama.attention.blockwise import BlockwiseCore, ChunkedLayout
-from sparse_llama.attention.core import (
-    AttentionCore,
-    CoreAttention,
-    Gradients,
-    expand_heads,
-    statistics_dtype,
-)
+from sparse_llama.attention.core import AttentionCore, attend
+from sparse_llama.attention.decoding import DecodingCore
+from sparse_llama.attention.dispatch import Backend, make_core
 from sparse_llama.attention.documents import Documents, find_documents, whole_rows
-from sparse_llama.attention.mask import rows_mask
-from sparse_llama.attention.reference import ReferenceCore
+from sparse_llama.attention.prepared import MasterLayout, prepare
 from sparse_llama.config.sparsity import Sparsity
 from sparse_llama.errors import ConfigError
-from sparse_llama.layouts import Layout, build_layout
+from sparse_llama.layouts import Layout
 
 __all__ = ["AttentionCore", "AttentionPlan", "attach_attention", "attention_core", "plan_attention"]
 
 ATTENTION_NAME = "block_sparse"
-Backend = Literal["auto", "reference", "blockwise", "flex"]
-logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class AttentionPlan:
     """How a model attends; every layer points to it."""
 
-    layout: Layout | None
-    """None is full causal attention."""
-    backend: Backend
-    chunked: ChunkedLayout | None = None
-    # All layers of a forward pass ask about the same batch: the last answers are kept, not one per layer.
+    layers: tuple[MasterLayout | None, ...]
+    """The layout of each layer, one object for all that share it; None is full causal attention."""
+    backend: Backend = "auto"
+    # All layers of a forward pass ask about the same batch: the last answer is kept, not one per layer.
     _documents: tuple[torch.Tensor, int, int, Documents] | None = field(default=None, repr=False)
-    _mask: tuple[Documents, torch.device, Any] | None = field(default=None, repr=False)
 
-    def layout_at(self, num_tokens: int) -> Layout | None:
-        """Return the layout where it is one for a document of this length, None where attention is full."""
-        is_full = self.layout is None or self.chunked is None or self.chunked.is_causal_at(num_tokens)
-        return None if is_full else self.layout
+    @property
+    def masters(self) -> tuple[MasterLayout, ...]:
+        """The distinct layouts."""
+        return tuple(dict.fromkeys(layer for layer in self.layers if layer is not None))
+
+    def is_sparse_at(self, num_tokens: int) -> bool:
+        """Return whether any layer leaves out a pair of tokens of a document of this length."""
+        return any(not prepare(master.at(num_tokens)).is_causal_at(num_tokens) for master in self.masters)
+
+    def density_at(self, num_tokens: int) -> float:
+        """Return the share of the causal token pairs that attend, averaged over layers and heads."""
+        density = {master: master.at(num_tokens).density_at(num_tokens) for master in self.masters}
+        return sum(1.0 if layer is None else density[layer] for layer in self.layers) / len(self.layers)
+
+    def max_tokens(self) -> int | None:
+        """Return the length of the longest sequence; None where nothing limits it."""
+        return min((m.layout.num_tokens for m in self.masters if not m.can_grow), default=None)
+
+    def layout(self, layer: int, num_tokens: int) -> Layout | None:
+        """Return a layer's layout for documents of up to ``num_tokens``."""
+        master = self.layers[layer]
+        return None if master is None else master.at(num_tokens)
 
     def documents(self, position_ids: torch.Tensor | None, num_rows: int, num_tokens: int) -> Documents:
         """Return the documents of a batch."""
@@ -72,31 +74,27 @@ class AttentionPlan:
         self._documents = (position_ids, position_ids._version, num_rows, documents)
         return documents
 
-    def flex_core(self, documents: Documents, device: torch.device, scaling: float) -> AttentionCore:
-        """Return FlexAttention over a batch's documents."""
-        # seconds to import, and only GPUs need it
-        from sparse_llama.attention.flex import FlexCore, block_mask
-
-        assert self.layout is not None
-        if self._mask is None or self._mask[0] is not documents or self._mask[1] != device:
-            self._mask = (documents, device, block_mask(self.layout, documents, device))
-        return FlexCore(self._mask[2], scaling)
-
 
 def plan_attention(
-    sparsity: Sparsity | None, *, num_heads: int, master_length: int, seed: int, backend: Backend
+    sparsities: Sequence[Sparsity | None],
+    *,
+    num_heads: int,
+    master_length: int,
+    seed: int,
+    backend: Backend = "auto",
 ) -> AttentionPlan:
-    """Return the plan of a model: the master layout of ``master_length`` tokens, made once.
+    """Return the plan of a model; layers of equal sparsity share a master layout of ``master_length`` tokens.
 
     Args:
-        sparsity: None is full causal attention.
+        sparsities: of every layer; None is full causal attention.
         seed: of random blocks.
     """
-    if sparsity is None:
-        return AttentionPlan(None, backend)
-    num_blocks = -(-master_length // sparsity.block)
-    layout = build_layout(sparsity, num_heads=num_heads, num_blocks=num_blocks, seed=seed)
-    return AttentionPlan(layout, backend, ChunkedLayout(layout))
+    masters = {
+        sparsity: MasterLayout(sparsity, num_heads=num_heads, num_tokens=master_length, seed=seed)
+        for sparsity in dict.fromkeys(sparsities)
+        if sparsity is not None
+    }
+    return AttentionPlan(tuple(None if one is None else masters[one] for one in sparsities), backend)
 
 
 def attach_attention(model: LlamaForCausalLM, plan: AttentionPlan) -> None:
@@ -109,7 +107,7 @@ def attach_attention(model: LlamaForCausalLM, plan: AttentionPlan) -> None:
         raise ConfigError(
             f"config.json: attention_dropout is {model.config.attention_dropout}; only 0 is supported"
         )
-    AttentionInterface.register(ATTENTION_NAME, block_sparse_attention)
+    AttentionInterface.register(ATTENTION_NAME, attend_by_plan)
     AttentionMaskInterface.register(ATTENTION_NAME, refuse_padding)
     for layer in model.model.layers:
         attention: Any = layer.self_attn
@@ -117,7 +115,7 @@ def attach_attention(model: LlamaForCausalLM, plan: AttentionPlan) -> None:
     model.set_attn_implementation(ATTENTION_NAME)
 
 
-def block_sparse_attention(
+def attend_by_plan(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -133,8 +131,7 @@ def block_sparse_attention(
         key, value: (B, K, S, D); the queries are the last T of the S positions.
     """
     core = attention_core(module, query, key, kwargs.get("position_ids"), scaling)
-    output: torch.Tensor = CoreAttention.apply(core, query, key, value)
-    return output.transpose(1, 2).contiguous(), None
+    return attend(core, query, key, value).transpose(1, 2).contiguous(), None
 
 
 def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
@@ -164,55 +161,12 @@ def attention_core(
         position_ids: (B, T) or (1, T), 0 where a document starts; None is one document a row.
     """
     plan: AttentionPlan = module.attention_plan  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]
     num_rows, _, num_tokens, _ = query.shape
     if key.shape[2] > num_tokens:
-        return DecodingCore(plan, scaling)
+        return DecodingCore(plan.layout(layer, key.shape[2]), scaling)
     documents = plan.documents(position_ids, num_rows, num_tokens)
-    # A document shorter than the longest may still be causal under the layout: the cores know.
-    layout = plan.layout_at(max(group.num_tokens for group in documents.groups))
-    if plan.backend == "reference":
-        return ReferenceCore(layout, documents, scaling)
-    is_cpu = query.device.type == "cpu"
-    if layout is None or (is_cpu and plan.backend != "flex"):
-        return BlockwiseCore(None if layout is None else plan.chunked, documents, scaling)
-    if plan.backend == "blockwise":
-        _say_once("sparse_llama.attention.backend: blockwise is for the CPU; flex computes the same here")
-    return plan.flex_core(documents, query.device, scaling)
-
-
-@dataclass(frozen=True)
-class DecodingCore:
-    """Attention of the last tokens of one document per row to everything cached before them."""
-
-    plan: AttentionPlan
-    scaling: float
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_heads, num_tokens, last = query.shape[1], query.shape[2], key.shape[2]
-        layout = self.plan.layout_at(last)
-        mask = None
-        if num_tokens > 1 or layout is not None:
-            mask = rows_mask(layout, num_heads, last - num_tokens, last).to(query.device)  # (H, T, S)
-        key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        # No one asks for the lse of a decoding step: it is for a backward pass.
-        return output, query.new_zeros(query.shape[:-1], dtype=statistics_dtype(query.dtype))
-
-    def backward(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-    ) -> Gradients:
-        raise ConfigError("use_cache: a cached prefix has no gradient; train with use_cache=False")
-
-
-@lru_cache(maxsize=16)
-def _say_once(message: str) -> None:
-    logger.warning(message)
+    layout = plan.layout(layer, documents.longest)
+    return make_core(
+        layout, documents, device=query.device, dtype=query.dtype, scaling=scaling, backend=plan.backend
+    )

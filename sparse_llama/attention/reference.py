@@ -27,6 +27,7 @@ class ReferenceCore:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = self._scores(query, key)  # (B, H, T, T)
         lse = scores.logsumexp(-1)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)  # padding sees nothing: exp(-inf - 0) = 0 everywhere
         output = (scores - lse[..., None]).exp() @ expand_heads(value, query.shape[1]).to(scores)
         return output.to(query.dtype), lse
 

@@ -177,14 +177,14 @@ def _score_records(opened: OpenedModel, corpus: Corpus, *, window: int, source: 
 
 
 def _attention(opened: OpenedModel) -> str:
-    file = opened.adapter_file
-    if file is not None and file.sparse_attention is not None:
-        mode = file.sparse_attention.get("mode", "fixed")
-        return f"sparse, {mode}, master of {file.master_length:,} tokens"
-    is_sparse_export = isinstance(getattr(opened.model.config, "layout", None), dict)
-    return (
-        f"sparse, exported, for {longest_sequence(opened.model)[0]:,} tokens" if is_sparse_export else "dense"
-    )
+    file, plan = opened.adapter_file, opened.plan
+    if file is not None and plan is not None and plan.masters:
+        return f"{file.layouts}, master of {file.master_length:,} tokens"
+    if file is not None and not file.layouts.is_dense:
+        return f"dense, though trained with {file.layouts}"
+    if getattr(opened.model.config, "layouts", ()):
+        return f"sparse, exported, for {longest_sequence(opened.model)[0]:,} tokens"
+    return "dense"
 
 
 def _record_rows(result: Evaluation) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ model is in memory at a time.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Reference:
             ExportError: it computes something else.
         """
         model = _open_export(folder, dtype, needs_code=merged.needs_code)
-        _check_layout(model, merged.layout)
+        _check_layouts(model, merged.layouts)
         errors = measure(model, self.tokens, self.logits)
         # "not <=": NaN is not greater than anything
         if not (errors.prefill <= self.limits.prefill and errors.decoding <= self.limits.decoding):
@@ -68,16 +69,18 @@ class Reference:
 
 
 def make_reference(
-    model: str, adapter: Path, *, revision: str | None, dtype: torch.dtype, layout: Layout | None
+    model: str, adapter: Path, *, revision: str | None, dtype: torch.dtype, layouts: Sequence[Layout]
 ) -> Reference:
-    """Return the adapted model's logits on tokens enough for the layout to hide some, and the allowed errors.
+    """Return the adapted model's logits, on tokens enough for each layout to hide some, and allowed errors.
 
     Raises:
         CheckpointError: the adapter is damaged or belongs to another base.
         ModelError: the base is missing or incomplete.
     """
     exact = open_model(model, adapter, revision=revision, dtype=torch.float32).model
-    tokens = _draw_tokens(exact.config.vocab_size, _num_tokens(layout))
+    shortest = min((layout.num_tokens for layout in layouts), default=_TOKENS)
+    num_tokens = min(shortest, max(_TOKENS, *(_num_tokens(layout) for layout in layouts), 0))
+    tokens = _draw_tokens(exact.config.vocab_size, num_tokens)
     logits = _logits(exact, tokens)
     if dtype == torch.float32:
         return Reference(tokens, logits, Errors(FP32_LIMIT, FP32_LIMIT), "fp32 against fp32")
@@ -95,17 +98,13 @@ def measure(model: PreTrainedModel, tokens: torch.Tensor, logits: torch.Tensor) 
     return Errors(_distance(_logits(model, tokens), logits), _distance(decoded, logits[-len(decoded) :]))
 
 
-def _num_tokens(layout: Layout | None) -> int:
-    """Return twice the length from which on the layout hides something, so that most rows are affected."""
-    if layout is None:
-        return _TOKENS
-    if layout.is_causal_at(layout.num_tokens):
-        return min(layout.num_tokens, _TOKENS)
+def _num_tokens(layout: Layout) -> int:
+    """Return twice the length from which on a layout hides something, so that most rows are affected."""
     causal, hiding = 1, layout.num_tokens  # a crop of a causal crop is causal: bisect
     while hiding - causal > 1:
         middle = (causal + hiding) // 2
         causal, hiding = (middle, hiding) if layout.is_causal_at(middle) else (causal, middle)
-    return min(layout.num_tokens, max(2 * hiding, _TOKENS))
+    return min(layout.num_tokens, 2 * hiding)
 
 
 def _draw_tokens(vocab_size: int, num_tokens: int) -> torch.Tensor:
@@ -145,11 +144,12 @@ def _open_export(folder: Path, dtype: torch.dtype, *, needs_code: bool) -> PreTr
             logging.enable_progress_bar()
 
 
-def _check_layout(model: PreTrainedModel, layout: Layout | None) -> None:
+def _check_layouts(model: PreTrainedModel, layouts: Sequence[Layout]) -> None:
     """The logits see the first blocks only; the tables are compared whole."""
-    if layout is None:
-        return
     state = model.state_dict()
-    for name, table in layout_tensors(layout).items():
-        if not torch.equal(state[name], table):
-            raise ExportError(f"{name} of the export is not that of the adapted model; nothing was written")
+    for index, layout in enumerate(layouts):
+        for name, table in layout_tensors(layout, index).items():
+            if not torch.equal(state[name], table):
+                raise ExportError(
+                    f"{name} of the export is not that of the adapted model; nothing was written"
+                )

@@ -7,7 +7,7 @@ values are those of the folded projections, computed in fp64, so that their bits
 product is cut up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class MergedModel:
     """A ``SparseLlamaConfig`` if anything is left that plain LLaMA cannot hold."""
     adapter: dict[str, torch.Tensor]
     """The trained tensors, fp32, by their names in the adapted model."""
-    layout: Layout | None
+    layouts: tuple[Layout, ...]
 
     @property
     def needs_code(self) -> bool:
@@ -70,13 +70,16 @@ class MergedModel:
 
 
 def plan_merge(
-    base: LlamaConfig, settings: AdapterSettings, adapter: dict[str, torch.Tensor], layout: Layout | None
+    base: LlamaConfig,
+    settings: AdapterSettings,
+    adapter: dict[str, torch.Tensor],
+    layer_layouts: Sequence[Layout | None],
 ) -> MergedModel:
     """Return what merging ``adapter`` into ``base`` gives.
 
     Args:
         adapter: the trained tensors, which are known to belong to ``base``.
-        layout: of the adapted model; None is full causal attention.
+        layer_layouts: of every layer of the adapted model; None is full causal attention.
     """
     document = base.to_dict()
     if settings.version == "v2":
@@ -91,18 +94,24 @@ def plan_merge(
     ]
     head_bias = adapter.get("lm_head.adapter_bias")
     has_head_bias = head_bias is not None and bool((head_bias != 0).any())
-    if layout is not None and layout.is_causal_at(layout.num_tokens):
-        layout = None
-    if not prompts and not has_head_bias and layout is None:
-        return MergedModel(base, LlamaConfig.from_dict(document), adapter, None)
+    layouts = sparse_ones(layer_layouts)
+    if not prompts and not has_head_bias and not layouts:
+        return MergedModel(base, LlamaConfig.from_dict(document), adapter, ())
     document.pop("model_type", None)
     document |= {
         "prompt_layers": prompts,
         "prompt_length": settings.prompt_length if prompts else 0,
         "lm_head_bias": has_head_bias,
-        "layout": None if layout is None else _layout_sizes(layout),
+        "layouts": [_sizes(layout) for layout in layouts],
+        "layer_layouts": [layouts.index(one) if one in layouts else None for one in layer_layouts],
     }
-    return MergedModel(base, SparseLlamaConfig.from_dict(document), adapter, layout)
+    return MergedModel(base, SparseLlamaConfig.from_dict(document), adapter, layouts)
+
+
+def sparse_ones(layer_layouts: Sequence[Layout | None]) -> tuple[Layout, ...]:
+    """Return the distinct layouts that leave any pair of tokens out."""
+    distinct = dict.fromkeys(layout for layout in layer_layouts if layout is not None)
+    return tuple(layout for layout in distinct if not layout.is_causal_at(layout.num_tokens))
 
 
 def merged_tensors(merged: MergedModel, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -121,26 +130,26 @@ def merged_tensors(merged: MergedModel, folder: Path) -> Iterator[tuple[str, tor
                 if output != _HEAD or not merged.config.tie_word_embeddings:
                     yield output, folded
     yield from prompts.tensors()
-    if merged.layout is not None:
-        yield from layout_tensors(merged.layout).items()
+    for index, layout in enumerate(merged.layouts):
+        yield from layout_tensors(layout, index).items()
 
 
-def layout_tensors(layout: Layout) -> dict[str, torch.Tensor]:
-    """Return the layout as ``BlockLayout`` holds it, by the names in the exported model."""
+def layout_tensors(layout: Layout, index: int) -> dict[str, torch.Tensor]:
+    """Return a layout as ``BlockLayout`` holds it, by the names in the exported model."""
     starts = torch.cat([pattern.starts for pattern in layout.patterns])
     counts = torch.tensor([0, *(pattern.starts.numel() for pattern in layout.patterns)]).cumsum(0)
     row_starts = [
         pattern.row_starts + count for pattern, count in zip(layout.patterns, counts[:-1], strict=True)
     ]
     return {
-        "layout.row_starts": torch.stack(row_starts),
-        "layout.starts": starts,
-        "layout.ends": torch.cat([pattern.ends for pattern in layout.patterns]),
-        "layout.head_patterns": torch.tensor(layout.head_patterns, dtype=torch.int64),
+        f"layouts.{index}.row_starts": torch.stack(row_starts),
+        f"layouts.{index}.starts": starts,
+        f"layouts.{index}.ends": torch.cat([pattern.ends for pattern in layout.patterns]),
+        f"layouts.{index}.head_patterns": torch.tensor(layout.head_patterns, dtype=torch.int64),
     }
 
 
-def _layout_sizes(layout: Layout) -> dict[str, int]:
+def _sizes(layout: Layout) -> dict[str, int]:
     return {
         "block": layout.block,
         "num_blocks": layout.num_blocks,

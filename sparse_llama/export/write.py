@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
 
-from sparse_llama.adapters.weights import load_adapter, save_adapter
+from sparse_llama.adapters.weights import AdapterFile, load_adapter, save_adapter
 from sparse_llama.errors import ExportError
 from sparse_llama.export.agreement import Errors, Reference, make_reference
-from sparse_llama.export.merged import MergedModel, merged_tensors, plan_merge
+from sparse_llama.export.merged import MergedModel, merged_tensors, plan_merge, sparse_ones
 from sparse_llama.export.publish import check_output, find_adapter, publishing
 from sparse_llama.export.shards import MAX_SHARD_BYTES, ShardWriter
 from sparse_llama.export.tokenizer_files import write_tokenizer
+from sparse_llama.layouts import Layout
 from sparse_llama.model.assemble import MODELLING_CODE, plan_of_adapter
 from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import read_config
@@ -84,10 +86,12 @@ def export_merged(
     folder = resolve_model(name, revision)
     check_output(output, overwrite=overwrite, sources=(adapter, folder))
     config = read_config(folder)
-    plan = plan_of_adapter(file, num_heads=config.num_attention_heads)
+    layouts = _layer_layouts(file, config)
     kept_dtype: torch.dtype = dtype or getattr(torch, file.dtype)
-    reference = make_reference(str(folder), adapter, revision=None, dtype=kept_dtype, layout=plan.layout)
-    merged = plan_merge(config, file.adapter, tensors, plan.layout)
+    reference = make_reference(
+        str(folder), adapter, revision=None, dtype=kept_dtype, layouts=sparse_ones(layouts)
+    )
+    merged = plan_merge(config, file.adapter, tensors, layouts)
     with publishing(output) as unfinished:
         write_tokenizer(folder, unfinished)
         _write_model(merged, folder, unfinished, kept_dtype, max_shard_bytes)
@@ -95,6 +99,22 @@ def export_merged(
     return Exported(
         output, merged.needs_code, kept_dtype, reference.tokens.shape[1], errors, reference.limits
     )
+
+
+def _layer_layouts(file: AdapterFile, config: LlamaConfig) -> list[Layout | None]:
+    """Return every layer's layout; those that hide nothing in the run's own length are full attention.
+
+    A layout is as long as the model's longest sequence where its mode can be extended.
+    """
+    plan = plan_of_adapter(file, config)
+    longest = plan.max_tokens()
+    num_tokens = min(config.max_position_embeddings, longest or config.max_position_embeddings)
+    return [
+        plan.layout(layer, max(num_tokens, file.master_length))
+        if plan.is_sparse_at(file.master_length)
+        else None
+        for layer in range(config.num_hidden_layers)
+    ]
 
 
 def export_native(checkpoint: Path, output: Path, *, overwrite: bool = False) -> Path:

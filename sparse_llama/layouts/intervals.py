@@ -50,6 +50,10 @@ class Intervals:
         last = int(self.row_starts[num_rows])
         return Intervals(self.row_starts[: num_rows + 1], self.starts[:last], self.ends[:last])
 
+    def first_columns(self, num_columns: int) -> "Intervals":
+        """Return the blocks of the first ``num_columns`` columns."""
+        return union(self.num_rows, [(self.rows, self.starts, self.ends.clamp(max=num_columns))])
+
     def causal(self) -> "Intervals":
         """Return the blocks on and below the diagonal."""
         rows = self.rows

@@ -10,15 +10,19 @@ causal language model has no other use for them.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from sparse_llama.config.sparsity import Sparsity
+import torch
+
+from sparse_llama.config.sparsity import Sparsity, parse_sparsity
 from sparse_llama.errors import ConfigError
 from sparse_llama.layouts.intervals import Intervals
 from sparse_llama.layouts.modes import head_layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Distinct causal patterns, and which of them each query head has."""
 
@@ -27,6 +31,10 @@ class Layout:
     patterns: tuple[Intervals, ...]
     head_patterns: tuple[int, ...]
     """(H,) index into ``patterns``."""
+    drawn: tuple[Intervals, ...]
+    """The patterns before causality: what DeepSpeed's ``make_layout`` returned."""
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What those who use the layout make of it once, such as a kernel's tables; it lives as long as they."""
 
     @property
     def num_blocks(self) -> int:
@@ -36,6 +44,23 @@ class Layout:
     def num_tokens(self) -> int:
         """The longest sequence that the layout describes."""
         return self.num_blocks * self.block
+
+    @property
+    def density(self) -> float:
+        """The share of the causal token pairs of the whole layout that attend, averaged over heads."""
+        return self.density_at(self.num_tokens)
+
+    def dense(self) -> torch.Tensor:
+        """Return the (H, N, N) bool table before causality, as DeepSpeed's ``make_layout``; small N only."""
+        return torch.stack([pattern.to_dense() for pattern in self.drawn])[list(self.head_patterns)]
+
+    def crop(self, num_blocks: int) -> "Layout":
+        """Return the layout's first ``num_blocks`` rows and columns: what a shorter sequence attends by."""
+        if not 1 <= num_blocks <= self.num_blocks:
+            raise ConfigError(f"crop: {num_blocks} blocks of a layout of {self.num_blocks}; 1 to all of them")
+        patterns = tuple(pattern.first_rows(num_blocks) for pattern in self.patterns)
+        drawn = tuple(pattern.first_rows(num_blocks).first_columns(num_blocks) for pattern in self.drawn)
+        return Layout(self.block, patterns, self.head_patterns, drawn)
 
     def density_at(self, num_tokens: int) -> float:
         """Return the share of the T (T + 1) / 2 causal token pairs that attend, averaged over heads."""
@@ -70,17 +95,24 @@ class Layout:
         return pairs + (num_blocks - 1) * self.block * (self.block + 1) // 2 + last * (last + 1) // 2
 
 
-def build_layout(sparsity: Sparsity, *, num_heads: int, num_blocks: int, seed: int) -> Layout:
-    """Return the causal master layout of ``num_blocks`` blocks.
+def build_layout(
+    block: Mapping[str, Any] | Sparsity, num_heads: int, num_blocks: int, seed: int = 0
+) -> Layout:
+    """Return the master layout of ``num_blocks`` blocks.
+
+    Args:
+        block: the ``sparse_attention`` object of a configuration.
+        seed: of random blocks: those that DeepSpeed drew after ``random.seed(seed)``.
 
     Raises:
-        ConfigError: the mode asks for more blocks than there are.
+        ConfigError: the object is none, or its mode asks for more blocks than there are.
     """
+    sparsity = parse_sparsity(block) if isinstance(block, Mapping) else block
     patterns, head_patterns = build_patterns(sparsity, num_heads=num_heads, num_blocks=num_blocks, seed=seed)
     causal = tuple(pattern.causal() for pattern in patterns)
     # Windows and bands hold the diagonal in every mode, so no softmax is over nothing.
     assert all(pattern.row_starts.diff().min() > 0 for pattern in causal)
-    return Layout(sparsity.block, causal, tuple(head_patterns))
+    return Layout(sparsity.block, causal, tuple(head_patterns), tuple(patterns))
 
 
 def build_patterns(

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparse_llama.adapters.attach import attach_adapters, first_trained_layer
 from sparse_llama.adapters.weights import AdapterFile, apply_adapter, load_adapter
 from sparse_llama.attention.interface import AttentionPlan, attach_attention, plan_attention
 from sparse_llama.config.deepspeed import ActivationCheckpointing
+from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.sparsity import Sparsity, parse_sparsity
 from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
-from sparse_llama.errors import ModelError
+from sparse_llama.errors import ConfigError, ModelError
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import load_llama, read_config_json
@@ -50,11 +50,13 @@ class OpenedModel:
     adapter_file: AdapterFile | None
     description: str
     folder: Path
+    plan: AttentionPlan | None
+    """None where an export brings its own attention."""
 
 
 def assemble(
     settings: Settings,
-    sparsity: Sparsity | None,
+    layouts: LayerSparsities,
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -73,7 +75,7 @@ def assemble(
         zero3_config=zero3_config,
     )
     plan = plan_attention(
-        sparsity,
+        layouts.resolve(loaded.model.config.num_hidden_layers),
         num_heads=loaded.model.config.num_attention_heads,
         master_length=settings.attention.master_length or settings.seq_length,
         seed=settings.seed,
@@ -93,6 +95,7 @@ def open_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    dense_attention: bool = False,
 ) -> OpenedModel:
     """Return a base, a base with an adapter, or an exported folder, with its tokenizer, in evaluation mode.
 
@@ -100,14 +103,20 @@ def open_model(
         model: hub id, folder or ``bundled:NAME``; None is the base that the adapter names.
         dtype: None is what the adapter's run computed in; without an adapter, what the model's config.json
             names.
+        dense_attention: full attention whatever the adapter was trained with, which is another function.
 
     Raises:
+        ConfigError: ``dense_attention`` of what is dense anyhow, or of an export.
         ModelError: there is no such model, or it brings code that is not ours and ``trust_remote_code`` is
             off.
         CheckpointError: the adapter is damaged or belongs to another base.
     """
     if adapter is not None:
-        return _open_adapted(model, adapter, revision=revision, dtype=dtype, device=device)
+        return _open_adapted(
+            model, adapter, revision=revision, dtype=dtype, device=device, dense_attention=dense_attention
+        )
+    if dense_attention:
+        raise ConfigError("--dense_attention: only an adapter (--adapter) has a layout to leave out")
     if model is None:
         raise ModelError("no model to open; give --model, --adapter, or both")
     folder = resolve_model(model, revision)
@@ -116,26 +125,19 @@ def open_model(
     if document.get("auto_map"):
         return _open_with_code(model, folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     llama = load_llama(str(folder), dtype=dtype, device=device).model
-    plan = plan_attention(
-        None,
-        num_heads=llama.config.num_attention_heads,
-        master_length=_positions(llama),
-        seed=0,
-        backend="auto",
-    )
+    plan = AttentionPlan((None,) * llama.config.num_hidden_layers)
     attach_attention(llama, plan)
     llama.requires_grad_(False)
-    return OpenedModel(llama, load_tokenizer(folder), None, model, folder)
+    return OpenedModel(llama, load_tokenizer(folder), None, model, folder, plan)
 
 
-def plan_of_adapter(file: AdapterFile, *, num_heads: int) -> AttentionPlan:
-    """Return how an adapter's run attended: its layout is part of the model."""
+def plan_of_adapter(file: AdapterFile, config: LlamaConfig) -> AttentionPlan:
+    """Return how an adapter's run attended: its layouts are part of the model."""
     return plan_attention(
-        None if file.sparse_attention is None else parse_sparsity(file.sparse_attention),
-        num_heads=num_heads,
+        file.layouts.resolve(config.num_hidden_layers),
+        num_heads=config.num_attention_heads,
         master_length=file.master_length,
         seed=file.seed,
-        backend="auto",
     )
 
 
@@ -159,19 +161,25 @@ def _open_adapted(
     revision: str | None,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    dense_attention: bool,
 ) -> OpenedModel:
     file, tensors = load_adapter(adapter)
     base = model or file.base_model.path
     revision = revision if model else file.base_model.revision
     computed_in: torch.dtype = dtype or getattr(torch, file.dtype)
     loaded = load_llama(base, dtype=computed_in, device=device, revision=revision)
-    plan = plan_of_adapter(file, num_heads=loaded.model.config.num_attention_heads)
+    plan = plan_of_adapter(file, loaded.model.config)
+    if dense_attention:
+        if not plan.masters:
+            raise ConfigError(f"--dense_attention: {adapter} was trained with dense attention; leave it out")
+        plan = AttentionPlan((None,) * len(plan.layers))
     attach_attention(loaded.model, plan)
     attach_adapters(loaded.model, file.adapter, seed=file.seed)
     apply_adapter(loaded.model, tensors, source=str(adapter))
     loaded.model.eval()
+    description = f"{base} + {adapter}"
     return OpenedModel(
-        loaded.model, load_tokenizer(loaded.folder), file, f"{base} + {adapter}", loaded.folder
+        loaded.model, load_tokenizer(loaded.folder), file, description, loaded.folder, plan
     )
 
 
@@ -205,7 +213,7 @@ def _open_with_code(
                 f"{sorted(map(str, found[name]))[0]}); the files are not of one export, make it again"
             )
     opened.to(device).eval().requires_grad_(False)
-    return OpenedModel(opened, load_tokenizer(folder), None, f"{model} (exported)", folder)
+    return OpenedModel(opened, load_tokenizer(folder), None, f"{model} (exported)", folder, None)
 
 
 def _named_dtype(document: dict[str, Any]) -> torch.dtype:
@@ -214,7 +222,3 @@ def _named_dtype(document: dict[str, Any]) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ModelError(f"config.json: dtype is {name!r}; expected float32, bfloat16 or float16")
     return dtype
-
-
-def _positions(llama: LlamaForCausalLM) -> int:
-    return int(llama.config.max_position_embeddings)

@@ -49,10 +49,10 @@ def show_start(console: Console, session: Session) -> None:
 def attention_line(session: Session) -> str:
     """Return the attention and its token-pair density; a sparse layout that is causal at this length says
     so."""
-    sparsity = session.run.sparsity
-    if sparsity is None:
+    layouts = session.run.layouts
+    if layouts.is_dense:
         return "dense"
-    line = f"sparse, {sparsity.mode}, block {sparsity.block}, density {density(session):.2f}"
+    line = f"{layouts}, density {density(session):.2f}"
     if density(session) == 1.0:
         line += (
             f" (fully causal at {session.run.settings.seq_length} tokens: the same numbers and cost as dense)"
@@ -61,9 +61,8 @@ def attention_line(session: Session) -> str:
 
 
 def density(session: Session) -> float:
-    """Return the token-pair density at the run's own length; 1.0 for dense attention."""
-    layout = session.plan.layout
-    return 1.0 if layout is None else layout.density_at(session.run.settings.seq_length)
+    """Return the token-pair density at the run's own length, averaged over layers; 1.0 for dense attention."""
+    return session.plan.density_at(session.run.settings.seq_length)
 
 
 def run_record(session: Session) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def summarize(session: Session, position: Position, final: Validation) -> dict[s
         "name": session.run.name,
         "adapter_version": session.run.settings.adapter.version,
         "trainable_parameters": _trainable(session),
-        "attention": "dense" if session.run.sparsity is None else session.run.sparsity.mode,
+        "attention": str(session.run.layouts),
         "density": density(session),
         "seq_length": session.run.settings.seq_length,
         "zero_stage": session.run.zero_stage,

@@ -70,7 +70,7 @@ def prepare(run: Run, console: Console) -> Session:
     data = prepare_data(
         settings,
         tokenizer,
-        align=1 if run.sparsity is None else run.sparsity.block,
+        align=run.layouts.align,
         micro_batch_size=run.micro_batch_size,
         rank=ranks.rank(),
         world_size=ranks.world_size(),
@@ -83,7 +83,7 @@ def prepare(run: Run, console: Console) -> Session:
     torch.manual_seed(settings.seed)
     assembled = assemble(
         settings,
-        run.sparsity,
+        run.layouts,
         dtype=DTYPES[run.precision],
         device=ranks.device(),
         checkpointing=run.checkpointing,
@@ -171,7 +171,7 @@ def _notices(run: Run, assembled: Assembled, data: PreparedData, max_positions: 
             "(max_position_embeddings); it has never seen such positions"
         )
     plan = assembled.plan
-    if plan.layout_at(length) is not None and plan.layout_at(longest) is None:
+    if plan.is_sparse_at(length) and not plan.is_sparse_at(longest):
         notices.append(
             f"sparse_attention: no document is longer than {longest} tokens, and up to there this layout is "
             "fully causal: the numbers are those of dense attention"

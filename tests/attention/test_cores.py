@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from oracles.masked_attention import attend, batch_table, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparse_llama.attention.blockwise import BlockwiseCore, ChunkedLayout
 from sparse_llama.attention.core import AttentionCore, CoreAttention
-from sparse_llama.attention.documents import find_documents
+from sparse_llama.attention.documents import find_documents, whole_rows
 from sparse_llama.attention.reference import ReferenceCore
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.layouts import Layout, build_layout
@@ -143,3 +145,36 @@ def test_a_token_changes_nothing_before_it_and_only_what_sees_it(mode: str):
     has_changed = (before != after).any(-1)  # (B, H, T)
     assert not has_changed[:, :, :token].any()
     assert torch.equal(has_changed, table[..., token])
+
+
+class _Allocations(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.max_elements = max(self.max_elements, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("mode", ["fixed", "bigbird", "bslongformer", "window"])
+def test_blockwise_keeps_five_tensors_and_makes_none_that_is_quadratic(mode: str):
+    num_tokens = 4096
+    sparsity = parse_sparsity(MODES[mode] | {"block": 32})
+    layout = build_layout(sparsity, num_heads=4, num_blocks=num_tokens // 32, seed=3)
+    core = BlockwiseCore(ChunkedLayout(layout), whole_rows(1, num_tokens), SCALING)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 4, num_tokens, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        output = CoreAttention.apply(core, *inputs)
+    assert sorted(kept) == sorted([*(t.shape for t in inputs), output.shape, output.shape[:-1]])
+    with torch.no_grad(), _Allocations() as seen:
+        core_output, lse = core.forward(*inputs)
+        core.backward(output, *inputs, core_output, lse, lse)
+    assert seen.max_elements <= 2 * inputs[0].numel()  # 1/128 of T x T x H

@@ -6,13 +6,15 @@ import itertools
 
 import pytest
 import torch
-from oracles.masked_attention import relative_error
+from oracles.masked_attention import relative_error, token_table
 from transformers import DynamicCache
 
+from sparse_llama.attention.decoding import DecodingCore
 from sparse_llama.attention.documents import find_documents
 from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.sparsity import Sparsity, parse_sparsity
 from sparse_llama.errors import ConfigError
+from sparse_llama.layouts import build_layout
 
 SPARSE = {
     "bslongformer": {"mode": "bslongformer", "block": 4, "num_sliding_window_blocks": 3},
@@ -33,8 +35,10 @@ SPARSE = {
 LENGTH = 50
 
 
-def attached(model, sparsity: Sparsity | None, backend: str = "auto"):
-    plan = plan_attention(sparsity, num_heads=4, master_length=64, seed=0, backend=backend)  # type: ignore[arg-type]
+def attached(model, *layers: Sparsity | None, backend: str = "auto"):
+    """Attach attention to ``model``: one sparsity for all layers, or one for each."""
+    sparsities = layers if len(layers) > 1 else layers * model.config.num_hidden_layers
+    plan = plan_attention(sparsities, num_heads=4, master_length=64, seed=0, backend=backend)  # type: ignore[arg-type]
     attach_attention(model, plan)
     return model
 
@@ -69,10 +73,10 @@ def test_full_attention_has_the_bits_of_transformers_own(tiny_llama, dtype, layo
 @pytest.mark.parametrize("mode", SPARSE)
 def test_every_backend_gives_the_same_logits(tiny_llama, mode):
     sparsity = parse_sparsity(SPARSE[mode])
-    by_reference = attached(tiny_llama().double(), sparsity, "reference")(input_ids=ids()).logits
+    by_reference = attached(tiny_llama().double(), sparsity, backend="reference")(input_ids=ids()).logits
     full = attached(tiny_llama().double(), None)(input_ids=ids()).logits
     assert (by_reference - full).abs().max() > 0.01, "a sparse layout that changes nothing proves nothing"
-    found = attached(tiny_llama().double(), sparsity, "blockwise")(input_ids=ids()).logits
+    found = attached(tiny_llama().double(), sparsity, backend="blockwise")(input_ids=ids()).logits
     torch.testing.assert_close(found, by_reference, rtol=0, atol=1e-5)  # transformers' norms are fp32
 
 
@@ -107,7 +111,7 @@ def test_a_decoding_step_has_the_logits_of_the_full_forward_pass(tiny_llama, mod
 
 
 def test_a_sequence_beyond_the_master_length_is_refused_in_training_and_decoding(tiny_llama):
-    model = attached(tiny_llama(max_position_embeddings=128), parse_sparsity(SPARSE["bslongformer"]))
+    model = attached(tiny_llama(max_position_embeddings=128), parse_sparsity(SPARSE["bigbird"]))
     with pytest.raises(ConfigError, match=r"made for 64 tokens, the sequence has 65"):
         model(input_ids=ids(num_tokens=65))
     cache = DynamicCache(config=model.config)
@@ -115,6 +119,56 @@ def test_a_sequence_beyond_the_master_length_is_refused_in_training_and_decoding
         model(input_ids=ids(num_tokens=64), past_key_values=cache)
         with pytest.raises(ConfigError, match=r"made for 64 tokens, the sequence has 65"):
             model(input_ids=ids(num_tokens=1), past_key_values=cache)
+
+
+def test_a_layout_that_extends_itself_serves_longer_sequences_and_changes_none_of_the_old_rows(tiny_llama):
+    base = tiny_llama(max_position_embeddings=256).double()
+    model = attached(base, parse_sparsity(SPARSE["bslongformer"]))
+    tokens = ids(num_tokens=150)
+    short = model(input_ids=tokens[:, :60]).logits
+    longer = model(input_ids=tokens).logits
+    torch.testing.assert_close(longer[:, :60], short, rtol=0, atol=1e-5)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=tokens[:, :140], past_key_values=cache)
+        rest = [model(input_ids=tokens[:, t : t + 1], past_key_values=cache).logits for t in range(140, 150)]
+    torch.testing.assert_close(torch.cat(rest, 1), longer[:, 140:], rtol=0, atol=1e-5)
+
+
+def test_layers_attend_by_layouts_of_their_own(tiny_llama):
+    """Layer by layer: the hidden states before and after a layer are those of a model that is all like it."""
+    window, fixed = parse_sparsity(SPARSE["bslongformer"]), parse_sparsity(SPARSE["fixed"])
+    layers = (None, window, fixed)
+    base = tiny_llama(num_hidden_layers=3).double()
+    mixed = attached(copy.deepcopy(base), *layers)
+    hidden = mixed(input_ids=ids(), output_hidden_states=True).hidden_states
+    for index, sparsity in enumerate(layers):
+        uniform = attached(copy.deepcopy(base), sparsity)
+        seen: list[torch.Tensor] = []
+        layer = uniform.model.layers[index]
+        enter = layer.register_forward_pre_hook(lambda _, given, index=index: (hidden[index], *given[1:]))
+        leave = layer.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+        uniform(input_ids=ids())
+        if index < 2:  # the last hidden state is normalised
+            torch.testing.assert_close(seen[0], hidden[index + 1], rtol=0, atol=1e-6)
+        enter.remove()
+        leave.remove()
+        assert (uniform(input_ids=ids()).logits - mixed(input_ids=ids()).logits).abs().max() > 1e-3
+
+
+def test_a_step_of_decoding_reads_only_the_keys_that_its_row_sees(tiny_llama):
+    """Everything else in the cache is NaN: one read of it would show."""
+    window = parse_sparsity(SPARSE["bslongformer"])
+    layout = build_layout(window, 4, 16)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 1, 8, generator=generator)
+    key, value = (torch.randn(1, 2, LENGTH, 8, generator=generator) for _ in range(2))
+    expected, _ = DecodingCore(layout, 0.3).forward(query, key, value)
+    seen = token_table(layout, 4, LENGTH)[0, -1]
+    assert 0 < seen.sum() < LENGTH / 2
+    key[:, :, ~seen], value[:, :, ~seen] = torch.nan, torch.nan
+    found, _ = DecodingCore(layout, 0.3).forward(query, key, value)
+    assert torch.equal(found, expected)
 
 
 def test_a_mask_that_hides_tokens_is_refused(tiny_llama):

@@ -43,9 +43,10 @@ class SparseLlamaConfig(LlamaConfig):
     """Indices of the layers with a prompt."""
     prompt_length = 0
     lm_head_bias = False
-    layout = None
-    """None is full causal attention; else the sizes ``block``, ``num_blocks``, ``num_patterns`` and
-    ``num_intervals``."""
+    layouts = ()
+    """The sizes ``block``, ``num_blocks``, ``num_patterns`` and ``num_intervals`` of each layout."""
+    layer_layouts = ()
+    """Of every layer the index of its layout, None for full causal attention; empty is None for all."""
 
 
 class GatedPrompt(nn.Module):
@@ -76,9 +77,8 @@ class BlockLayout(nn.Module):
     ends: torch.Tensor
     head_patterns: torch.Tensor
 
-    def __init__(self, config: SparseLlamaConfig) -> None:
+    def __init__(self, sizes: dict[str, int], num_heads: int) -> None:
         super().__init__()
-        sizes: dict[str, int] = config.layout  # type: ignore[assignment]
         self.block, self.num_blocks = sizes["block"], sizes["num_blocks"]
 
         def table(*shape: int) -> torch.Tensor:
@@ -88,7 +88,7 @@ class BlockLayout(nn.Module):
         self.register_buffer("row_starts", table(sizes["num_patterns"], self.num_blocks + 1))
         self.register_buffer("starts", table(sizes["num_intervals"]))
         self.register_buffer("ends", table(sizes["num_intervals"]))
-        self.register_buffer("head_patterns", table(config.num_attention_heads))
+        self.register_buffer("head_patterns", table(num_heads))
         self._lists: tuple[list[list[int]], list[int], list[int], list[int]] | None = None
 
     @property
@@ -188,27 +188,28 @@ class SparseLlamaForCausalLM(LlamaForCausalLM):
     _can_compile_fullgraph = False
 
     def __init__(self, config: SparseLlamaConfig) -> None:
-        name = DENSE if config.layout is None else SPARSE
+        name = SPARSE if config.layouts else DENSE
         _register()
         _check_implementation(config._attn_implementation, name)
         config._attn_implementation = name
         super().__init__(config)
         if config.lm_head_bias:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=True)
-        if config.layout is not None:
-            self.layout = BlockLayout(config)
+        layouts = [BlockLayout(sizes, config.num_attention_heads) for sizes in config.layouts]
+        if layouts:
+            self.layouts = nn.ModuleList(layouts)
         for index, layer in enumerate(self.model.layers):
             attention: Any = layer.self_attn
-            if config.layout is not None:
-                # in a tuple: as a submodule of every layer it would be saved with each of them
-                attention.layout = (self.layout,)
+            own = config.layer_layouts[index] if layouts else None
+            # in a tuple: as a submodule of every layer it would be saved with each of them
+            attention.layout = () if own is None else (layouts[own],)
             if index in config.prompt_layers:
                 attention.prompt = GatedPrompt(config)
         self.post_init()
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Accept this model's own implementation only."""
-        name = DENSE if self.config.layout is None else SPARSE
+        name = SPARSE if self.config.layouts else DENSE
         _check_implementation(attn_implementation, name)
 
 
@@ -299,7 +300,7 @@ def _sparse_attention(
     sequences = attention_mask or _Sequences(key.shape[2], ((0, key.shape[2]),) * query.shape[0])
     if module.layer_idx == 0:  # the same for all layers, and it waits for the device
         _refuse_packed(sequences, kwargs.get("position_ids"), query.shape[2])
-    layout: BlockLayout = module.layout[0]  # type: ignore[index]
+    attend = module.layout[0].attend if module.layout else _attend_to_all  # type: ignore[index]
     first_query = sequences.num_keys - query.shape[2]
     output = torch.zeros_like(query)
     for span in sorted(set(sequences.spans)):
@@ -309,10 +310,24 @@ def _sparse_attention(
         rows = [row for row, other in enumerate(sequences.spans) if other == span]
         keys, new = slice(*span), slice(first - first_query, last - first_query)
         parts = (query[rows, :, new], key[rows, :, keys], value[rows, :, keys])
-        output[rows, :, new] = layout.attend(*parts, scaling)
+        output[rows, :, new] = attend(*parts, scaling)
     output = output.transpose(1, 2)
     prompt = getattr(module, "prompt", None)
     return output if prompt is None else output + prompt(query, scaling), None
+
+
+def _attend_to_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Return the full causal attention of the last T tokens of sequences of S tokens."""
+    num_new, last = query.shape[2], key.shape[2]
+    mask = None
+    if 1 < num_new < last:
+        mask = torch.ones(num_new, last, dtype=torch.bool, device=query.device).tril(last - num_new)
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    is_causal = num_new == last
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scaling)
 
 
 def _refuse_packed(sequences: _Sequences, position_ids: torch.Tensor | None, num_new: int) -> None:

@@ -1,0 +1,121 @@
+"""Which layer attends by which layout: one for all, and the exceptions.
+
+A few dense layers repair much of what sparse ones lose, so ``sparse_llama.attention`` names layers:
+
+    "dense_layers": [0, 1, -1]
+    "layouts": [{"layers": "8:16", "sparse_attention": {"mode": "fixed"}}]
+
+Layers are numbers, negative ones counting from the last, or a slice as Python writes it ("::4").
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from sparse_llama.config.section import FrozenList, Section
+from sparse_llama.config.sparsity import Sparsity, parse_sparsity
+from sparse_llama.errors import ConfigError
+
+
+def _check_slice(text: str) -> str:
+    parts = text.split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 3) or numbers[2:] == [0]:
+        raise ValueError(f'must be layer numbers or a slice such as "0:2" or "::4", got "{text}"')
+    return text
+
+
+LayerNumbers = Annotated[tuple[int, ...], FrozenList, Field(min_length=1)]
+LayerSlice = Annotated[str, AfterValidator(_check_slice)]
+Layers = LayerNumbers | LayerSlice
+"""A choice of layers."""
+
+
+class LayoutOfLayers(Section):
+    """A layout for some layers."""
+
+    layers: Layers
+    sparse_attention: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerSparsities:
+    """The layout of every layer of a model whose depth is not known yet."""
+
+    default: Sparsity | None
+    """None is full causal attention."""
+    layouts: tuple[tuple[Layers, Sparsity], ...] = ()
+    """Of these layers instead; the last that names a layer wins."""
+    dense_layers: Layers | None = None
+    """Full causal attention whatever else names them."""
+
+    def resolve(self, num_layers: int) -> tuple[Sparsity | None, ...]:
+        """Return the sparsity of each layer, None where attention is full.
+
+        Raises:
+            ConfigError: a layer is named that the model has not.
+        """
+        found: list[Sparsity | None] = [self.default] * num_layers
+        for index, (layers, sparsity) in enumerate(self.layouts):
+            for layer in _numbers(layers, num_layers, f"sparse_llama.attention.layouts.{index}.layers"):
+                found[layer] = sparsity
+        if self.dense_layers is not None:
+            for layer in _numbers(self.dense_layers, num_layers, "sparse_llama.attention.dense_layers"):
+                found[layer] = None
+        return tuple(found)
+
+    @property
+    def distinct(self) -> tuple[Sparsity, ...]:
+        """The layouts that layers may have."""
+        every = (self.default, *(sparsity for _, sparsity in self.layouts))
+        return tuple(dict.fromkeys(one for one in every if one is not None))
+
+    @property
+    def is_dense(self) -> bool:
+        return not self.distinct
+
+    @property
+    def align(self) -> int:
+        """Tokens that documents start at multiples of, so that blocks of every layer begin with them."""
+        return math.lcm(*(sparsity.block for sparsity in self.distinct))
+
+    def __str__(self) -> str:
+        if self.is_dense:
+            return "dense"
+        text = "sparse, " + " and ".join(f"{one.mode}, block {one.block}" for one in self.distinct)
+        return text if self.dense_layers is None else f"{text}, some layers dense"
+
+
+def layer_sparsities(
+    sparse_attention: dict[str, Any] | None,
+    layouts: tuple[LayoutOfLayers, ...] = (),
+    dense_layers: Layers | None = None,
+) -> LayerSparsities:
+    """Return what the ``sparse_attention`` block and the two keys of ``sparse_llama.attention`` say together.
+
+    Raises:
+        ConfigError: a block is none.
+    """
+    default = None if sparse_attention is None else parse_sparsity(sparse_attention)
+    parsed = tuple((one.layers, parse_sparsity(one.sparse_attention)) for one in layouts)
+    return LayerSparsities(default, parsed, dense_layers)
+
+
+def _numbers(layers: Layers, num_layers: int, key: str) -> Iterator[int]:
+    if isinstance(layers, str):
+        bounds = (int(part) if part.strip() else None for part in layers.split(":"))
+        yield from range(num_layers)[slice(*bounds)]
+        return
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise ConfigError(
+                f"{key}: there is no layer {layer} in a model of {num_layers}; use {-num_layers} to "
+                f"{num_layers - 1}"
+            )
+        yield layer % num_layers
