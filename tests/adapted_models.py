@@ -27,7 +27,10 @@ def adapt(
     """Return ``model`` with attention and adapters; trained ones have every tensor away from its initial
     value."""
     plan = plan_attention(
-        sparsity, num_heads=model.config.num_attention_heads, master_length=64, seed=0, backend="auto"
+        [sparsity] * model.config.num_hidden_layers,
+        num_heads=model.config.num_attention_heads,
+        master_length=64,
+        seed=0,
     )
     attach_attention(model, plan)
     settings = AdapterSettings(version=version, prompt_length=prompt_length, start_layer=start_layer)  # type: ignore[arg-type]

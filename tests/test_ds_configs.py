@@ -78,17 +78,18 @@ def test_the_embedded_document_is_the_shipped_demo_to_the_byte():
 
 
 def test_a_sparse_document_attends_to_at_most_half_of_the_pairs_at_its_own_length(document: Path, run: Run):
-    if run.sparsity is None:
+    sparsity = run.layouts.default
+    if sparsity is None:
         pytest.skip("dense")
-    assert isinstance(run.sparsity, BSLongformerSparsity), "write the definition of this mode above"
+    assert isinstance(sparsity, BSLongformerSparsity), "write the definition of this mode above"
     length = run.settings.seq_length
-    expected = density(run.sparsity, length)
+    expected = density(sparsity, length)
     assert expected <= 0.5
     said = json.loads(document.read_text(encoding="utf-8"))["sparse_attention"]["_density"]
     assert said.startswith(f"{expected:.3f} of the causal token pairs at {length} tokens")
 
-    num_blocks = -(-run.settings.attention.master_length // run.sparsity.block)
-    layout = build_layout(run.sparsity, num_heads=2, num_blocks=num_blocks, seed=run.settings.seed)
+    num_blocks = -(-run.settings.attention.master_length // sparsity.block)
+    layout = build_layout(sparsity, num_heads=2, num_blocks=num_blocks, seed=run.settings.seed)
     assert layout.density_at(length) == pytest.approx(expected, rel=1e-12)
 
 
@@ -100,7 +101,7 @@ def test_the_document_for_the_40_gb_gpu_is_the_setting_that_went_out_of_memory(t
     assert run.settings.seq_length == 1024
     assert run.micro_batch_size == 4
     assert run.precision == "bf16"
-    assert run.sparsity is not None
+    assert not run.layouts.is_dense
     assert run.checkpointing is not None
 
 

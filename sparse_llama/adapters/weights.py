@@ -3,7 +3,7 @@ they belong to)."""
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_llama.adapters.attach import trainable_parameters
-from sparse_llama.config.section import Section
+from sparse_llama.config.layers import Layers, LayerSparsities, LayoutOfLayers, layer_sparsities
+from sparse_llama.config.section import FrozenList, Section
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import CheckpointError, SparseLlamaError
 
@@ -36,6 +37,9 @@ class AdapterFile(Section):
     adapter: AdapterSettings
     sparse_attention: dict[str, Any] | None = None
     """The layout's block, as in the run's JSON; None is dense attention."""
+    layer_layouts: Annotated[tuple[LayoutOfLayers, ...], FrozenList] = ()
+    """Layouts of some layers in its place, and ``dense_layers``: see ``config/layers.py``."""
+    dense_layers: Layers | None = None
     master_length: int = Field(ge=1)
     """Tokens of the master layout that shorter sequences are cropped from."""
     seed: int
@@ -46,6 +50,11 @@ class AdapterFile(Section):
     trainable_parameters: int
     version: str
     """Of sparse-llama, when this was written."""
+
+    @property
+    def layouts(self) -> LayerSparsities:
+        """Which layer attends by which layout."""
+        return layer_sparsities(self.sparse_attention, self.layer_layouts, self.dense_layers)
 
 
 def save_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: AdapterFile) -> None:

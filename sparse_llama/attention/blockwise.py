@@ -106,7 +106,8 @@ class BlockwiseCore:
         for pattern, heads in enumerate(chunked.heads):
             q, k, v = _inputs(query, key, value, heads)
             parts = chunked.parts(pattern, query.shape[2])
-            output[:, heads], lse[:, heads] = _attend(q, k, v, parts, self.scaling)
+            part, lse[:, heads] = _attend(q, k, v, parts, self.scaling)
+            output[:, heads] = part.to(output.dtype)
         return output, lse
 
     def _backward(
@@ -130,8 +131,9 @@ class BlockwiseCore:
             q, k, v = _inputs(query, key, value, heads)
             g, o = (tensor[:, heads].to(q.dtype) for tensor in (grad, output))
             parts = chunked.parts(pattern, query.shape[2])
-            grads = _attend_backward(g, q, k, v, o, lse[:, heads], parts, self.scaling)
-            grad_query[:, heads], grad_key[:, heads], grad_value[:, heads] = grads
+            dq, dk, dv = _attend_backward(g, q, k, v, o, lse[:, heads], parts, self.scaling)
+            grad_query[:, heads] = dq.to(grad_query.dtype)
+            grad_key[:, heads], grad_value[:, heads] = dk, dv
         grad_key, grad_value = (sum_heads(t, key.shape[1]).to(key.dtype) for t in (grad_key, grad_value))
         return grad_query, grad_key, grad_value
 

@@ -160,8 +160,8 @@ def _count(
     for larger in taken:
         times = larger.size // size
         inner = (larger.groups[:, None] * times + torch.arange(times)).flatten()
-        bounds = (bound.repeat_interleave(times) for bound in (larger.starts, larger.ends))
-        parts.append((inner, *bounds, torch.full_like(inner, -size)))  # all of at most ``size`` rows see it
+        firsts, lasts = (bound.repeat_interleave(times) for bound in (larger.starts, larger.ends))
+        parts.append((inner, firsts, lasts, torch.full_like(inner, -size)))  # at most ``size`` rows see it
     groups, starts, ends, weights = (torch.cat([part[index] for part in parts]) for index in range(4))
     is_real = (starts < ends) & (groups * size < num_units)
     groups, starts, ends, weights = (tensor[is_real] for tensor in (groups, starts, ends, weights))

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from sparse_llama.config.deepspeed import Document
+from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.optimizer import OFFLOADABLE, ZERO_TESTED
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.sparsity import Sparsity
 from sparse_llama.errors import ConfigError
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -147,7 +147,7 @@ def require_libaio(key: str) -> None:
         )
 
 
-def check_lengths(settings: Settings, sparsity: Sparsity | None) -> None:
+def check_lengths(settings: Settings, layouts: LayerSparsities) -> None:
     """Refuse a master layout shorter than the rows cropped from it, or than its own window.
 
     Raises:
@@ -160,13 +160,12 @@ def check_lengths(settings: Settings, sparsity: Sparsity | None) -> None:
             f"sparse_llama.attention.master_length: {master} tokens are fewer than seq_length, "
             f"{settings.seq_length}; use at least {settings.seq_length}, or leave it out"
         )
-    if sparsity is None:
-        return
-    num_blocks = -(-master // sparsity.block)
-    key, needed = sparsity.num_blocks_needed()
-    if needed > num_blocks:
-        raise ConfigError(
-            f"sparse_attention.{key}: {needed} blocks of {sparsity.block}, but a layout of {master} tokens "
-            f"has {num_blocks}; use at most {num_blocks}, or sparse_llama.attention.master_length >= "
-            f"{(needed - 1) * sparsity.block + 1}"
-        )
+    for sparsity in layouts.distinct:
+        num_blocks = -(-master // sparsity.block)
+        key, needed = sparsity.num_blocks_needed()
+        if needed > num_blocks:
+            raise ConfigError(
+                f"sparse_attention.{key}: {needed} blocks of {sparsity.block}, but a layout of {master} "
+                f"tokens has {num_blocks}; use at most {num_blocks}, or "
+                f"sparse_llama.attention.master_length >= {(needed - 1) * sparsity.block + 1}"
+            )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from sparse_llama.config.layers import layer_sparsities
 from sparse_llama.config.optimizer import OPTIMIZERS, Optimizer, parse_optimizer
 from sparse_llama.config.removed import find_key, refuse_auto, refuse_by_name
 from sparse_llama.config.schedule import SCHEDULERS, Scheduler, parse_scheduler
@@ -23,7 +24,7 @@ from sparse_llama.config.section import (
     suggest,
 )
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.sparsity import MODES, parse_sparsity
+from sparse_llama.config.sparsity import MODES
 from sparse_llama.config.zero import AsyncIO, ZeroOptimization
 from sparse_llama.errors import ConfigError
 
@@ -329,8 +330,8 @@ def _parse_blocks(document: Mapping[str, Any]) -> Document:
         parse_optimizer(document["optimizer"])
     if checked.scheduler is not None:
         parse_scheduler(document["scheduler"])
-    if checked.sparse_attention is not None:
-        parse_sparsity(checked.sparse_attention)
+    attention = checked.sparse_llama.attention
+    layer_sparsities(checked.sparse_attention, attention.layouts, attention.dense_layers)
     return checked
 
 

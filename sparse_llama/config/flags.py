@@ -98,9 +98,11 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
             training = settings.setdefault("training", {})
             training[name] = getattr(flags, name)
             training.pop(other, None)
+    has_layouts = bool(settings.get("attention", {}).get("layouts"))
     if flags.attention == "dense":
         merged.pop("sparse_attention", None)
-    elif flags.attention == "sparse" and merged.get("sparse_attention") is None:
+        settings.get("attention", {}).pop("layouts", None)
+    elif flags.attention == "sparse" and merged.get("sparse_attention") is None and not has_layouts:
         raise ConfigError(
             "--attention sparse: the document has no sparse_attention block; add one, such as "
             '"sparse_attention": {"mode": "bslongformer", "num_sliding_window_blocks": 15, "attention": '

@@ -9,12 +9,13 @@ Layers are numbers, negative ones counting from the last, or a slice as Python w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from sparse_llama.config.neox import DENSE_TYPES, check_options, is_neox, neox_block, neox_types
 from sparse_llama.config.section import FrozenList, Section
 from sparse_llama.config.sparsity import Sparsity, parse_sparsity
 from sparse_llama.errors import ConfigError
@@ -54,13 +55,20 @@ class LayerSparsities:
     """Of these layers instead; the last that names a layer wins."""
     dense_layers: Layers | None = None
     """Full causal attention whatever else names them."""
+    num_layers: int | None = None
+    """Of the only models that this fits; None is any."""
 
     def resolve(self, num_layers: int) -> tuple[Sparsity | None, ...]:
         """Return the sparsity of each layer, None where attention is full.
 
         Raises:
-            ConfigError: a layer is named that the model has not.
+            ConfigError: a layer is named that the model has not, or layers are missing.
         """
+        if self.num_layers not in (None, num_layers):
+            raise ConfigError(
+                f"sparse_attention.attention_config: names {self.num_layers} layers, the model has "
+                f'{num_layers}; name them all, or repeat a pattern with "all"'
+            )
         found: list[Sparsity | None] = [self.default] * num_layers
         for index, (layers, sparsity) in enumerate(self.layouts):
             for layer in _numbers(layers, num_layers, f"sparse_llama.attention.layouts.{index}.layers"):
@@ -69,6 +77,22 @@ class LayerSparsities:
             for layer in _numbers(self.dense_layers, num_layers, "sparse_llama.attention.dense_layers"):
                 found[layer] = None
         return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the arguments of ``layer_sparsities`` as JSON holds them, GPT-NeoX's block translated."""
+        return {
+            "sparse_attention": None if self.default is None else self.default.model_dump(mode="json"),
+            "layouts": [
+                {
+                    "layers": layers if isinstance(layers, str) else list(layers),
+                    "sparse_attention": sparsity.model_dump(mode="json"),
+                }
+                for layers, sparsity in self.layouts
+            ],
+            "dense_layers": list(self.dense_layers)
+            if isinstance(self.dense_layers, tuple)
+            else self.dense_layers,
+        }
 
     @property
     def distinct(self) -> tuple[Sparsity, ...]:
@@ -102,9 +126,39 @@ def layer_sparsities(
     Raises:
         ConfigError: a block is none.
     """
+    parsed = tuple(
+        (one.layers, _parse(one.sparse_attention, f"sparse_llama.attention.layouts.{index}."))
+        for index, one in enumerate(layouts)
+    )
+    if sparse_attention is not None and is_neox(sparse_attention):
+        by_type, num_layers = _by_type(sparse_attention)
+        return LayerSparsities(None, (*by_type, *parsed), dense_layers, num_layers)
     default = None if sparse_attention is None else parse_sparsity(sparse_attention)
-    parsed = tuple((one.layers, parse_sparsity(one.sparse_attention)) for one in layouts)
     return LayerSparsities(default, parsed, dense_layers)
+
+
+def _parse(block: dict[str, Any], prefix: str) -> Sparsity:
+    try:
+        return parse_sparsity(block)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def _by_type(block: Mapping[str, Any]) -> tuple[list[tuple[Layers, Sparsity]], int | None]:
+    """Return which layers have which layout in GPT-NeoX's block, and of how many layers it speaks."""
+    types, num_layers = neox_types(block)
+    options = check_options(block.get("sparsity_config"))
+    found: list[tuple[Layers, Sparsity]] = []
+    for kind in dict.fromkeys(types):
+        if kind in DENSE_TYPES:
+            continue
+        sparsity = _parse(neox_block(kind, options), "")
+        places = [index for index, other in enumerate(types) if other == kind]
+        if num_layers is None:
+            found += [(f"{place}::{len(types)}", sparsity) for place in places]
+        else:
+            found.append((tuple(places), sparsity))
+    return found, num_layers
 
 
 def _numbers(layers: Layers, num_layers: int, key: str) -> Iterator[int]:

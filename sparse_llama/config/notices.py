@@ -5,6 +5,7 @@ from typing import Any
 
 from sparse_llama.config.deepspeed import Document
 from sparse_llama.config.flags import Overrides
+from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.schedule import AUTO
 from sparse_llama.config.settings import Settings
 from sparse_llama.config.sparsity import Sparsity
@@ -52,7 +53,7 @@ def find_notices(
     file: Mapping[str, Any],
     merged: Mapping[str, Any],
     checked: Document,
-    sparsity: Sparsity | None,
+    layouts: LayerSparsities,
     flags: Overrides,
 ) -> tuple[str, ...]:
     """Return a line for everything in the document that this run does not act on.
@@ -65,7 +66,7 @@ def find_notices(
         *_zero(merged.get("zero_optimization", {})),
         *_schedule(merged, checked),
     ]
-    found += _attention(file, merged, sparsity, flags)
+    found += _attention(file, merged, layouts, flags)
     found += _settings(merged.get("sparse_llama", {}), checked.sparse_llama)
     return tuple(dict.fromkeys(found))
 
@@ -160,17 +161,22 @@ def _schedule(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:
 
 
 def _attention(
-    file: Mapping[str, Any], merged: Mapping[str, Any], sparsity: Sparsity | None, flags: Overrides
+    file: Mapping[str, Any], merged: Mapping[str, Any], layouts: LayerSparsities, flags: Overrides
 ) -> Iterator[str]:
-    if flags.attention == "dense" and file.get("sparse_attention") is not None:
-        yield "sparse_attention: no effect with --attention dense"
-    if sparsity is None:
-        unread = [
-            key for key in merged.get("sparse_llama", {}).get("attention", {}) if key == "master_length"
-        ]
-        if unread:
-            yield "sparse_llama.attention.master_length: no effect on dense attention"
-        return
+    if flags.attention == "dense":
+        if file.get("sparse_attention") is not None:
+            yield "sparse_attention: no effect with --attention dense"
+        if file.get("sparse_llama", {}).get("attention", {}).get("layouts"):
+            yield "sparse_llama.attention.layouts: no effect with --attention dense"
+    if layouts.is_dense:
+        for key in ("master_length", "dense_layers"):
+            if key in merged.get("sparse_llama", {}).get("attention", {}):
+                yield f"sparse_llama.attention.{key}: no effect on dense attention"
+    for sparsity in layouts.distinct:
+        yield from _sparsity(sparsity)
+
+
+def _sparsity(sparsity: Sparsity) -> Iterator[str]:
     if getattr(sparsity, "attention", None) == "bidirectional":
         yield (
             'sparse_attention.attention: "bidirectional" keeps its blocks, but no token of a causal model '

@@ -17,11 +17,11 @@ from sparse_llama.config.combinations import (
 from sparse_llama.config.deepspeed import OUR_BLOCKS, ActivationCheckpointing, check_document
 from sparse_llama.config.document import read_document
 from sparse_llama.config.flags import Overrides, apply_flags, check_flags
+from sparse_llama.config.layers import LayerSparsities, LayoutOfLayers, layer_sparsities
 from sparse_llama.config.notices import drop_inert, find_notices
 from sparse_llama.config.optimizer import default_optimizer, parse_optimizer
 from sparse_llama.config.schedule import Schedule, make_schedule
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.sparsity import Sparsity, parse_sparsity
 from sparse_llama.errors import ConfigError
 
 Checked = TypeVar("Checked")
@@ -42,8 +42,8 @@ class Run:
     deepspeed: dict[str, Any]
     """For ``deepspeed.initialize``: DeepSpeed's own keys, all batch sizes given, without what has no
     effect."""
-    sparsity: Sparsity | None
-    """None is dense attention."""
+    layouts: LayerSparsities
+    """Which layer attends by which layout."""
     settings: Settings
     """The ``sparse_llama`` block; ``attention.master_length`` and one of ``training.steps`` and ``epochs``
     are given."""
@@ -99,7 +99,7 @@ class Run:
             "name": self.name,
             "config_path": str(self.config_path),
             "deepspeed": copy.deepcopy(self.deepspeed),
-            "sparse_attention": None if self.sparsity is None else self.sparsity.model_dump(mode="json"),
+            "sparse_attention": self.layouts.to_json()["sparse_attention"],
             "sparse_llama": self.settings.model_dump(mode="json"),
             "schedule": None if self.schedule is None else asdict(self.schedule),
             "output_dir": str(self.output_dir),
@@ -172,12 +172,16 @@ def _resolve(
 ) -> Run:
     checked = check_document(merged)
     settings = _fill_in(checked.sparse_llama, written)
-    sparsity = None if checked.sparse_attention is None else parse_sparsity(checked.sparse_attention)
+    attention = settings.attention
+    layouts = layer_sparsities(checked.sparse_attention, attention.layouts, attention.dense_layers)
+    by_layer = tuple(map(LayoutOfLayers.parse, layouts.to_json()["layouts"]))  # GPT-NeoX's block translated
+    attention = attention.model_copy(update={"layouts": by_layer})
+    settings = settings.model_copy(update={"attention": attention})
     optimizer = default_optimizer() if checked.optimizer is None else parse_optimizer(merged["optimizer"])
     check_precision(checked)
     check_monitors(checked)
     check_zero(checked, optimizer["type"])
-    check_lengths(settings, sparsity)
+    check_lengths(settings, layouts)
 
     schedule = make_schedule(merged.get("scheduler"), lr=optimizer["params"]["lr"])
     if schedule is not None and settings.training.steps is not None:
@@ -196,13 +200,13 @@ def _resolve(
     return Run(
         name=config_path.stem,
         deepspeed=deepspeed,
-        sparsity=sparsity,
+        layouts=layouts,
         settings=settings,
         schedule=schedule,
         output_dir=flags.output_dir or Path("runs") / config_path.stem,
         resume=flags.resume,
         overwrite=flags.overwrite,
-        notices=find_notices(file, merged, checked, sparsity, flags),
+        notices=find_notices(file, merged, checked, layouts, flags),
         config_path=config_path,
     )
 

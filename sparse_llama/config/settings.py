@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from sparse_llama.config.bundled import DATASETS, MODELS
-from sparse_llama.config.section import Section, show, suggest
+from sparse_llama.config.layers import Layers, LayoutOfLayers
+from sparse_llama.config.section import FrozenList, Section, show, suggest
 
 
 def check_model(name: str) -> str:
@@ -94,12 +95,19 @@ class AdapterSettings(Section):
 class AttentionSettings(Section):
     """How attention is computed; which tokens are seen is the ``sparse_attention`` block's."""
 
-    backend: Literal["auto", "reference", "blockwise", "flex"] = "auto"
+    backend: Literal["auto", "reference", "blockwise", "triton", "flex"] = "auto"
     """auto: the fastest exact one on this device."""
 
     master_length: int | None = Field(default=None, ge=1)
     """Tokens of the master layout that shorter rows are cropped from; null is the longer of the file's and
     the flag's ``seq_length``."""
+
+    dense_layers: Layers | None = None
+    """Layers of full attention, as numbers (negative ones from the last) or a slice such as "::4"."""
+
+    layouts: Annotated[tuple[LayoutOfLayers, ...], FrozenList] = ()
+    """Layouts of some layers in place of the ``sparse_attention`` block's; the last that names a layer
+    wins."""
 
 
 class TrainingSettings(Section):

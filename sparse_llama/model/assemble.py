@@ -178,9 +178,7 @@ def _open_adapted(
     apply_adapter(loaded.model, tensors, source=str(adapter))
     loaded.model.eval()
     description = f"{base} + {adapter}"
-    return OpenedModel(
-        loaded.model, load_tokenizer(loaded.folder), file, description, loaded.folder, plan
-    )
+    return OpenedModel(loaded.model, load_tokenizer(loaded.folder), file, description, loaded.folder, plan)
 
 
 def _open_with_code(

@@ -61,7 +61,7 @@ def attention_line(session: Session) -> str:
 
 
 def density(session: Session) -> float:
-    """Return the token-pair density at the run's own length, averaged over layers; 1.0 for dense attention."""
+    """Return the token-pair density at the run's own length, averaged over layers; 1.0 is dense."""
     return session.plan.density_at(session.run.settings.seq_length)
 
 

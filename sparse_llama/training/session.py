@@ -137,7 +137,9 @@ def _describe(run: Run, parameters: dict[str, nn.Parameter]) -> AdapterFile:
         {
             "base_model": BaseModelReference(path=model.path, revision=model.revision),
             "adapter": settings.adapter,
-            "sparse_attention": None if run.sparsity is None else run.sparsity.model_dump(mode="json"),
+            "sparse_attention": run.layouts.to_json()["sparse_attention"],
+            "layer_layouts": settings.attention.layouts,
+            "dense_layers": settings.attention.dense_layers,
             "master_length": master_length,
             "seed": settings.seed,
             "seq_length": settings.seq_length,

@@ -12,7 +12,7 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
-from sparse_llama.attention.interface import attach_attention, plan_attention
+from sparse_llama.attention.interface import AttentionPlan, attach_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
 
@@ -101,7 +101,7 @@ def test_prompts_depend_on_the_seed_and_the_layer_and_on_nothing_else(tiny_llama
         seed: int, start_layer: int = 2, dtype: torch.dtype = torch.float32
     ) -> dict[str, torch.Tensor]:
         model = tiny_llama().to(dtype)
-        attach_attention(model, plan_attention(None, num_heads=4, master_length=64, seed=0, backend="auto"))
+        attach_attention(model, AttentionPlan((None,) * model.config.num_hidden_layers))
         torch.manual_seed(start_layer)  # the global generator has no say
         attach_adapters(
             model, AdapterSettings(version="v1", prompt_length=3, start_layer=start_layer), seed=seed

@@ -25,6 +25,12 @@ MODES: dict[str, dict[str, Any] | None] = {
         "different_layout_per_head": True,
         "num_different_global_patterns": 4,
     },
+    "fixed, heads by turns": {
+        "mode": "fixed",
+        "num_local_blocks": 4,
+        "different_layout_per_head": True,
+        "num_different_global_patterns": 2,
+    },
     "variable": {
         "mode": "variable",
         "local_window_blocks": [1, 3],
@@ -113,7 +119,7 @@ def test_blockwise_takes_any_block_size(block: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["full", "fixed", "bigbird", "bslongformer"])
+@pytest.mark.parametrize("mode", ["full", "fixed", "fixed, heads by turns", "bigbird", "bslongformer"])
 def test_blockwise_is_as_near_to_fp64_as_the_definition_in_its_own_precision(dtype: torch.dtype, mode: str):
     layout, positions = make_layout(mode), ROWS["packed"]
     table = batch_table(layout, 4, positions)

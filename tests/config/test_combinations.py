@@ -188,7 +188,7 @@ def test_a_layout_that_asks_for_more_blocks_than_there_are_is_refused(refusal, l
         "use at most 32, or sparse_llama.attention.master_length >= 513"
     )
     longer = {"seq_length": 500, "attention": {"master_length": 513}}
-    assert load({"sparse_attention": window, "sparse_llama": longer}).sparsity is not None
+    assert not load({"sparse_attention": window, "sparse_llama": longer}).layouts.is_dense
 
 
 def test_a_shorter_seq_length_flag_crops_the_documents_layout(load):

@@ -151,15 +151,15 @@ def test_the_lr_flag_is_refused_where_the_scheduler_would_win(refusal, load):
 
 def test_attention_dense_ignores_the_block_and_sparse_needs_it(load, refusal):
     run = load({"sparse_attention": SPARSE}, attention="dense")
-    assert run.sparsity is None
+    assert run.layouts.is_dense
     assert run.notices == ("sparse_attention: no effect with --attention dense",)
-    assert load({"sparse_attention": SPARSE}, attention="sparse").sparsity is not None
+    assert not load({"sparse_attention": SPARSE}, attention="sparse").layouts.is_dense
     said = refusal({}, attention="sparse")
     assert said.startswith(
         "--attention sparse: the document has no sparse_attention block; add one, such as "
     )
     suggested = json.loads("{" + said.split("such as ")[1] + "}")
-    assert load(suggested, attention="sparse").sparsity is not None
+    assert not load(suggested, attention="sparse").layouts.is_dense
 
 
 BAD: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 from sparse_llama.config.deepspeed import OUR_BLOCKS, check_document
 from sparse_llama.config.run import EMBEDDED, Overrides, load_run
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.sparsity import parse_sparsity
+from sparse_llama.config.layers import layer_sparsities
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {"HF_TOKEN": "hf_51d0a7", "WANDB_API_KEY": "wandb-9e3c", "COMET_API_KEY": "comet-77b1"}
@@ -26,7 +26,7 @@ def test_a_saved_run_is_json_and_describes_the_same_run_again(shipped: Path, tmp
     saved = json.loads(json.dumps(run.to_json(), allow_nan=False))
     assert saved == run.to_json()
     assert Settings.parse(saved["sparse_llama"]) == run.settings
-    assert parse_sparsity(saved["sparse_attention"]) == run.sparsity
+    assert layer_sparsities(saved["sparse_attention"]) == run.layouts
     assert saved["deepspeed"] == run.deepspeed
     assert saved["schedule"]["total_steps"] == 7
 

@@ -27,7 +27,8 @@ def score(model: Any, *, window: int, stride: int, ids: list[int] = IDS) -> Scor
 def losses_by_token(model: LlamaForCausalLM, *, window: int, stride: int) -> list[float]:
     """Return -ln p of IDS[1], IDS[2], ... in fp64, each read alone from its window's first token on."""
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    layout = getattr(getattr(model.model.layers[0].self_attn, "attention_plan", None), "layout", None)
+    plan = getattr(model.model.layers[0].self_attn, "attention_plan", None)
+    layout = None if plan is None else plan.layout(0, 64)
     losses = []
     for target in range(1, len(IDS)):
         # the first window that reads up to the token before: its number is how many steps make up for

@@ -47,7 +47,7 @@ def test_a_sparse_export_computes_what_the_sparse_model_does_and_not_the_dense_o
 ):
     run = trained_run(version, layout=LAYOUT)
     export_merged(run.folder, tmp_path / "out")
-    layout = run.model.model.layers[0].self_attn.attention_plan.layout
+    layout = run.model.model.layers[0].self_attn.attention_plan.layout(0, MASTER_LENGTH)
     assert layout.density_at(MASTER_LENGTH) < 0.5
     exported = open_export(tmp_path / "out")
     batch = ids(MASTER_LENGTH)
@@ -252,7 +252,8 @@ from sparse_llama.model.llama import read_config
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 base, adapter, out = map(Path, sys.argv[1:])
 file, tensors = load_adapter(adapter)
-merged = plan_merge(read_config(base), file.adapter, tensors, None)
+config = read_config(base)
+merged = plan_merge(config, file.adapter, tensors, [None] * config.num_hidden_layers)
 torch.ones(100, 100) @ torch.ones(100, 100)
 before = peak()
 _write_model(merged, base, out, torch.float32, 10**9)
@@ -297,7 +298,7 @@ def test_an_export_with_another_layout_is_refused(trained_run, tmp_path, monkeyp
 
     def other(merged, folder):
         for output, tensor in real(merged, folder):
-            yield output, tensor.flip(0) if output == "layout.head_patterns" else tensor
+            yield output, tensor.flip(0) if output == "layouts.0.head_patterns" else tensor
 
     monkeypatch.setattr(write_module, "merged_tensors", other)
     with pytest.raises(ExportError, match="head_patterns of the export is not that of the adapted model"):
@@ -327,12 +328,12 @@ def test_stories260k_with_an_adapter_exports(shared, trained_run, tmp_path):
     run = trained_run("v1")
     from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
     from sparse_llama.adapters.weights import load_adapter, save_adapter
-    from sparse_llama.attention.interface import attach_attention, plan_attention
+    from sparse_llama.attention.interface import AttentionPlan, attach_attention
     from sparse_llama.model.llama import load_llama
 
     base = str(shared / "models" / "stories260K")
     model = load_llama(base, dtype=torch.float32).model
-    attach_attention(model, plan_attention(None, num_heads=8, master_length=64, seed=0, backend="auto"))
+    attach_attention(model, AttentionPlan((None,) * model.config.num_hidden_layers))
     file, _ = load_adapter(run.folder / "adapter")
     attach_adapters(model, file.adapter, seed=0)
     generator = torch.Generator().manual_seed(1)

@@ -82,7 +82,7 @@ def test_other_code_runs_when_it_is_trusted(exported):
     assert relative_error(opened(input_ids=ids()).logits, adapted(input_ids=ids()).logits) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.self_attn.prompt.gate", "layout.starts", "lm_head.bias"])
+@pytest.mark.parametrize("name", ["model.layers.2.self_attn.prompt.gate", "layouts.0.starts", "lm_head.bias"])
 def test_an_export_with_a_missing_tensor_is_refused(exported, name):
     folder, _ = exported
     tensors = load_file(folder / "model.safetensors")

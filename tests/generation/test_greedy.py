@@ -68,7 +68,7 @@ def test_a_base_answers_as_transformers_own_generate(tiny_llama):
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_cached_decoding_chooses_what_the_formula_over_all_tokens_does(tiny_llama, version, sparsity):
     model = never_ends(adapt(tiny_llama(), version, sparsity=sparsity))
-    layout = model.model.layers[0].self_attn.attention_plan.layout
+    layout = model.model.layers[0].self_attn.attention_plan.layout(0, 64)
     expected = greedy_by_formula(model, [1, *TOKENIZER.encode(PROMPT)], 24, layout)
     assert len(set(expected)) > 4, "a model that repeats itself proves little"
     assert generate_batch(model, TOKENIZER, [PROMPT], 24) == [words(expected)]
@@ -95,7 +95,7 @@ def test_after_a_further_training_step_answers_are_the_new_models(tiny_llama, ve
     torch.nn.utils.clip_grad_norm_([parameter for _, parameter in trainable_parameters(model)], 5.0)
     optimizer.step()
     never_ends(model.eval())
-    layout = model.model.layers[0].self_attn.attention_plan.layout
+    layout = model.model.layers[0].self_attn.attention_plan.layout(0, 64)
     expected = greedy_by_formula(model, ids[0].tolist(), 24, layout)
     after = generate_batch(model, TOKENIZER, [PROMPT], 24)
     assert after == [words(expected)]
@@ -161,9 +161,10 @@ def test_a_longer_answer_than_the_model_has_positions_is_refused_with_what_fits(
     assert len("".join(generate_stream(never_ends(model), TOKENIZER, PROMPT, max_new_tokens=8)).split()) == 8
 
 
-def test_a_sparse_adapter_is_as_long_as_its_master_layout(tiny_llama):
+def test_a_sparse_adapter_is_as_long_as_its_master_layout_where_that_cannot_grow(tiny_llama):
     model = tiny_llama()
-    plan = plan_attention(SPARSE, num_heads=4, master_length=24, seed=0, backend="auto")
+    random_blocks = parse_sparsity({"mode": "bigbird", "block": 4, "num_random_blocks": 1})
+    plan = plan_attention([random_blocks] * 4, num_heads=4, master_length=24, seed=0)
     attach_attention(model, plan)
     assert longest_sequence(model) == (24, "master_length of the sparse layout")
     with pytest.raises(ModelError, match=r"24 = the master_length of the sparse layout; use at most 12$"):

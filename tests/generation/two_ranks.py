@@ -30,7 +30,8 @@ CPU = torch.device("cpu")
 
 def build(folder: str, zero3_config: dict[str, Any] | None = None) -> Any:
     model = load_llama(folder, dtype=torch.float32, zero3_config=zero3_config).model
-    attach_attention(model, plan_attention(SPARSE, num_heads=4, master_length=64, seed=0, backend="auto"))
+    sparsities = [SPARSE] * model.config.num_hidden_layers
+    attach_attention(model, plan_attention(sparsities, num_heads=4, master_length=64, seed=0))
     attach_adapters(model, AdapterSettings(version="v2", prompt_length=3, start_layer=1), seed=1)
     for name, parameter in trainable_parameters(model):
         if name.endswith("zero_init.gate"):

@@ -26,8 +26,9 @@ def run_folder(tmp_path: Path) -> Path:
     from sparse_llama.model.llama import load_llama
 
     model = load_llama("bundled:tiny-llama", dtype=torch.float32).model
-    heads = model.config.num_attention_heads
-    plan = plan_attention(parse_sparsity(LAYOUT), num_heads=heads, master_length=256, seed=0, backend="auto")
+    config = model.config
+    sparsities = [parse_sparsity(LAYOUT)] * config.num_hidden_layers
+    plan = plan_attention(sparsities, num_heads=config.num_attention_heads, master_length=256, seed=0)
     attach_attention(model, plan)
     settings = AdapterSettings(version="v2", prompt_length=10, start_layer=2)
     attach_adapters(model, settings, seed=0)

@@ -21,7 +21,7 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
-from sparse_llama.attention.interface import attach_attention, plan_attention
+from sparse_llama.attention.interface import AttentionPlan, attach_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.distributed import ranks
 from sparse_llama.memory.checkpointing import checkpoint_layers
@@ -34,8 +34,7 @@ LEARNING_RATE = 0.02
 
 def build(folder: str, version: str, *, dtype=torch.float32, zero3_config=None, checkpointing=None):
     model = load_llama(folder, dtype=dtype, zero3_config=zero3_config).model
-    heads = model.config.num_attention_heads
-    attach_attention(model, plan_attention(None, num_heads=heads, master_length=64, seed=0, backend="auto"))
+    attach_attention(model, AttentionPlan((None,) * model.config.num_hidden_layers))
     attach_adapters(model, AdapterSettings(version=version, prompt_length=3, start_layer=1), seed=1)
     checkpoint_layers(model, checkpointing, first_trained_layer(model))
     for name, parameter in trainable_parameters(model):  # at gate 0 a prompt has no gradient

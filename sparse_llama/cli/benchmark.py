@@ -1,0 +1,272 @@
+"""``launch/benchmark.py``."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparse_llama.benchmark.layouts import LAYOUT_NAMES, layout_options
+from sparse_llama.cli.entry import is_main
+from sparse_llama.cli.flags import Parser, parser
+from sparse_llama.config.section import suggest
+from sparse_llama.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from sparse_llama.benchmark.attention import Sizes
+    from sparse_llama.benchmark.contenders import Backend
+
+_SCRIPT = "launch/benchmark.py"
+_TABLE_WIDTH = 104
+_ONLY_ATTENTION = ("kv_heads", "head_dim", "dtype", "backends")
+_DEFAULT_REPEATS = 20
+_BACKENDS: dict[str, tuple["Backend", ...]] = {"cpu": ("blockwise", "flex"), "cuda": ("triton", "flex")}
+_LENGTHS = {"cpu": (4096, 8192, 16384), "cuda": (4096, 8192, 16384, 32768, 65536)}
+_BLOCKS = {"cpu": (16, 64), "cuda": (16, 64, 128)}
+_HEADS = {"cpu": 8, "cuda": 32}
+_HEAD_DIM = {"cpu": 64, "cuda": 128}
+_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+def benchmark_parser(doc: str | None) -> Parser:
+    """Return the parser of ``launch/benchmark.py``: what is measured, and at which sizes."""
+    flags = parser(doc)
+    add = flags.add_argument
+    add(
+        "what",
+        choices=("attention", "layouts"),
+        help="attention: time and memory against dense flash attention; layouts: time to build, and bytes",
+    )
+    add("--modes", metavar="A,B", help=f"layouts, of {', '.join(LAYOUT_NAMES)} (default: all)")
+    add(
+        "--lengths",
+        metavar="N,N",
+        help="tokens (default: 4096,8192,16384; on CUDA to 65536; layouts: 524288)",
+    )
+    add("--blocks", metavar="N,N", help="tokens of a block (default: 16,64; on CUDA 128 too; layouts: 16)")
+    add("--heads", type=int, metavar="N", help="query heads (default: 8; on CUDA, and of layouts, 32)")
+    add(
+        "--repeats",
+        type=int,
+        default=_DEFAULT_REPEATS,
+        metavar="N",
+        help=f"rounds (default: {_DEFAULT_REPEATS})",
+    )
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("docs/results"),
+        metavar="DIR",
+        help="where results go (default: docs/results), in place of earlier ones of the same device",
+    )
+    add = flags.add_argument_group("attention").add_argument
+    add("--kv_heads", type=int, metavar="N", help="key and value heads (default: as many as query heads)")
+    add("--head_dim", type=int, metavar="N", help="width of a head (default: 64; on CUDA 128)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32; on CUDA bfloat16")
+    add(
+        "--backends",
+        metavar="A,B",
+        help="blockwise, triton, flex, or auto (default): what runs on the device",
+    )
+    return flags
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    """Measure, print and save; mistakes are told before torch is imported."""
+    if not is_main():
+        return  # two at a time would measure each other
+    modes = _modes(arguments.modes, arguments.what)
+    if arguments.repeats < 1:
+        raise ConfigError(f"--repeats: must be 1 or more, got {arguments.repeats}")
+    if arguments.heads is not None and arguments.heads < 1:
+        raise ConfigError(f"--heads: must be 1 or more, got {arguments.heads}")
+    lengths, blocks = _numbers("lengths", arguments.lengths), _numbers("blocks", arguments.blocks)
+    if arguments.what == "layouts":
+        _layouts(arguments, modes, lengths or (524288,), blocks or (16,))
+    else:
+        _attention(arguments, modes, lengths, blocks)
+
+
+def _layouts(
+    arguments: argparse.Namespace, modes: tuple[str, ...], lengths: tuple[int, ...], blocks: tuple[int, ...]
+) -> None:
+    for name in _ONLY_ATTENTION:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name}: belongs to attention; layouts have no tensors")
+    _check_sizes(modes, lengths, blocks)
+    _make_folder(arguments.output_dir)
+    from sparse_llama.benchmark.build import measure_build
+    from sparse_llama.benchmark.provenance import provenance
+    from sparse_llama.benchmark.report import BUILD_HEADER, build_row, save_builds
+    from sparse_llama.reporting.tables import show_columns
+
+    origin = provenance(_SCRIPT, sys.argv[1:])
+    built = [
+        measure_build(
+            mode, num_tokens=length, block=block, num_heads=arguments.heads or 32, repeats=arguments.repeats
+        )
+        for length in lengths
+        for block in blocks
+        for mode in modes
+    ]
+    show_columns("layouts", BUILD_HEADER, map(build_row, built), _console())
+    _tell_files(save_builds(arguments.output_dir, "layouts", built, origin))
+
+
+def _attention(
+    arguments: argparse.Namespace,
+    modes: tuple[str, ...],
+    lengths: tuple[int, ...] | None,
+    blocks: tuple[int, ...] | None,
+) -> None:
+    _check_heads(arguments)
+    if lengths is not None and blocks is not None:
+        _check_sizes(modes, lengths, blocks)
+    from sparse_llama.distributed.ranks import device
+
+    place = device()
+    lengths, blocks = lengths or _LENGTHS[place.type], blocks or _BLOCKS[place.type]
+    _check_sizes(modes, lengths, blocks)
+    backends, skipped = _backends(arguments.backends, place)
+    sizes = _sizes(arguments, modes, lengths, blocks, backends, place)
+    _make_folder(arguments.output_dir)
+
+    from sparse_llama.benchmark.attention import measure_group
+    from sparse_llama.benchmark.provenance import clock_mhz, provenance
+    from sparse_llama.benchmark.report import PASS_HEADER, group_title, pass_rows, save_attention, subject
+    from sparse_llama.reporting.tables import show_columns, show_table
+
+    origin = provenance(_SCRIPT, sys.argv[1:])
+    console = _console()
+    show_table("benchmark", [("measured", subject(sizes)), ("hardware", origin.hardware)], console)
+    for backend, reason in skipped.items():
+        print(f"not measured: {backend}; {reason}")
+    clocks = [clock_mhz()]
+    groups = []
+    for length in lengths:
+        for block in blocks:
+            print(f"measuring {length:,} tokens, block {block} ...", flush=True)
+            groups.append(measure_group(sizes, num_tokens=length, block=block, device=place))
+            show_columns(group_title(groups[-1]), PASS_HEADER, pass_rows(groups[-1]), console)
+    clocks.append(clock_mhz())
+    name = f"attention_{_device_slug(origin.hardware, place)}"
+    _tell_files(save_attention(arguments.output_dir, name, groups, sizes, skipped, clocks, origin))
+
+
+def _sizes(
+    arguments: argparse.Namespace,
+    modes: tuple[str, ...],
+    lengths: tuple[int, ...],
+    blocks: tuple[int, ...],
+    backends: tuple["Backend", ...],
+    place: "torch.device",
+) -> "Sizes":
+    import torch
+
+    from sparse_llama.benchmark.attention import Sizes
+
+    num_heads = arguments.heads or _HEADS[place.type]
+    num_kv_heads = arguments.kv_heads or num_heads
+    if num_heads % num_kv_heads != 0:
+        raise ConfigError(f"--kv_heads: must divide the {num_heads} query heads, got {num_kv_heads}")
+    return Sizes(
+        layouts=modes,
+        lengths=lengths,
+        blocks=blocks,
+        backends=backends,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=arguments.head_dim or _HEAD_DIM[place.type],
+        dtype=getattr(torch, arguments.dtype or _DTYPE[place.type]),
+        repeats=arguments.repeats,
+    )
+
+
+def _backends(text: str | None, place: "torch.device") -> tuple[tuple["Backend", ...], dict[str, str]]:
+    """Return what is measured, and what is not, with the reason; a backend that was named has to run."""
+    from sparse_llama.benchmark.contenders import why_not
+
+    if text is None or text == "auto":
+        wanted = _BACKENDS[place.type]
+        reasons = {backend: why_not(backend, place) for backend in wanted}
+        skipped = {backend: reason for backend, reason in reasons.items() if reason is not None}
+        return tuple(backend for backend in wanted if backend not in skipped), skipped
+    known: dict[str, Backend] = {"blockwise": "blockwise", "triton": "triton", "flex": "flex"}
+    named: list[Backend] = []
+    for name in _split(text):
+        if name not in known:
+            raise ConfigError(f"--backends: none is called {name!a}{suggest(name, [*known, 'auto'])}")
+        reason = why_not(known[name], place)
+        if reason is not None:
+            raise ConfigError(f"--backends: {name} does not run on this {place.type} device; {reason}")
+        named.append(known[name])
+    return tuple(named), {}
+
+
+def _modes(text: str | None, what: str) -> tuple[str, ...]:
+    if text is None:
+        # At 512K tokens DeepSpeed's default has 134 million intervals, 2 GiB: built when asked for by name.
+        return tuple(name for name in LAYOUT_NAMES if what == "attention" or name != "deepspeed_default")
+    names = _split(text)
+    for name in names:
+        if name not in LAYOUT_NAMES:
+            raise ConfigError(f"--modes: none is called {name!a}{suggest(name, LAYOUT_NAMES)}")
+    return tuple(names)
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(re.fullmatch(r"[1-9][0-9]*", word) for word in _split(text)):
+        raise ConfigError(f"--{flag}: must be whole numbers above 0, with commas between them, got {text!a}")
+    return tuple(int(word) for word in _split(text))
+
+
+def _check_heads(arguments: argparse.Namespace) -> None:
+    for name in ("kv_heads", "head_dim"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name}: must be 1 or more, got {number}")
+
+
+def _check_sizes(modes: tuple[str, ...], lengths: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+    for length in lengths:
+        for block in blocks:
+            for mode in modes:
+                layout_options(mode, block=block, num_tokens=length)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of results now, not after minutes of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {folder}: cannot be made ({error.strerror}); name a folder"
+        ) from error
+
+
+def _split(text: str) -> list[str]:
+    """Return the words between commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def _device_slug(hardware: str, place: "torch.device") -> str:
+    """Return ``cpu``, or the GPU's name as a part of a file name: ``nvidia_h200``."""
+    if place.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "_", hardware.split(",")[0].lower()).strip("_")
+
+
+def _console() -> "Console":
+    """Return a console that folds no table of results: a file and a pipe have no width of their own."""
+    from rich.console import Console
+
+    return Console(width=max(Console().width, _TABLE_WIDTH))
+
+
+def _tell_files(files: list[Path]) -> None:
+    print("\n".join(f"wrote {file}" for file in files))

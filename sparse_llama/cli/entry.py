@@ -1,0 +1,59 @@
+"""Where every command begins: a mistake is one line, printed once, with exit status 2.
+
+Which process speaks is read from the launcher's environment: nothing here imports torch.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from sparse_llama.errors import SparseLlamaError
+
+MAIN_SPEAKS_WITHIN_S = 10
+
+
+def main(
+    call: Callable[[argparse.Namespace], object],
+    flags: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parse the command line and make the ``call``; a user's mistake ends the process with one line and
+    status 2.
+
+    Raises:
+        SystemExit: 2 after a mistake, 130 after Ctrl-C; every other exception is ours and keeps its
+        traceback.
+    """
+    try:
+        call(flags.parse_args(argv))
+    except SparseLlamaError as error:
+        tell(str(error))
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if is_main():
+            tell("interrupted")
+        raise SystemExit(130) from None
+
+
+def is_main() -> bool:
+    """Return whether this process is the one of the job that prints, going by the launcher's environment
+    alone."""
+    return os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """Return the number of processes of the job, going by the launcher's environment alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def tell(message: str) -> None:
+    """Print a mistake as one line on standard error; other ranks leave the word to the main one first."""
+    line = "error: " + " ".join(message.split())
+    if not is_main():
+        # The launcher ends the job when the first rank ends: the main one, which says the same, must be it.
+        # Still here after that, this rank is the only one with the mistake.
+        time.sleep(MAIN_SPEAKS_WITHIN_S)
+        line += f" (rank {os.environ.get('RANK')})"
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,131 @@
+"""Flags that commands share, and a parser whose mistakes are one line with the nearest known flag."""
+
+import argparse
+import errno
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from sparse_llama.cli.entry import is_main, tell
+from sparse_llama.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparse_llama.config.flags import Overrides
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line, printed by the main rank only."""
+
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"{unknown[0]}: unknown flag{self._nearest_flag(unknown[0])}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        tell(f"{message}; see --help")
+        raise SystemExit(2)
+
+    def print_help(self, file=None) -> None:
+        if is_main():
+            super().print_help(file)
+
+    def _nearest_flag(self, unknown: str) -> str:
+        from sparse_llama.config.section import suggest
+
+        if not unknown.startswith("-"):
+            return " (a value without its flag)"
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        hint = suggest(unknown.split("=", 1)[0], [name for action in shown for name in action.option_strings])
+        return hint if "did you mean" in hint else ""
+
+
+def parser(doc: str | None) -> Parser:
+    """Return a parser that shows ``doc``, a script's docstring, and takes what the launcher inserts."""
+    made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return made
+
+
+def add_run_flags(flags: argparse.ArgumentParser) -> None:
+    """Add ``--ds_config`` and every flag of ``Overrides`` to ``flags``."""
+    flags.add_argument(
+        "--ds_config", type=Path, metavar="FILE", help="JSON document of the run (default: the bundled demo)"
+    )
+    add = flags.add_argument_group("overrides of the document").add_argument
+    add("--model", metavar="ID|DIR", help="base model: a hub id, a folder, or bundled:tiny-llama")
+    add("--dataset", metavar="ID|FILE", help="data set: a hub id, a file, or bundled:people")
+    add("--adapter", choices=("v1", "v2"), help="adapter version")
+    add("--seq_length", type=int, metavar="N", help="tokens of a row")
+    add(
+        "--attention",
+        choices=("dense", "sparse"),
+        help="dense ignores the sparse_attention block, sparse needs it",
+    )
+    add("--steps", type=int, metavar="N", help="optimizer steps to run, instead of epochs")
+    add("--epochs", type=int, metavar="N", help="passes over the data, instead of steps")
+    add("--lr", type=float, metavar="X", help="peak learning rate")
+    add("--seed", type=int, metavar="N", help="of everything that is drawn")
+    add("--zero_stage", type=int, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")
+    add(
+        "--offload",
+        choices=("none", "cpu", "nvme"),
+        help="stages 1 and 2: the optimizer, to cpu; stage 3: optimizer and parameters, to cpu or nvme",
+    )
+    add("--nvme_path", type=Path, metavar="DIR", help="folder on the drive for --offload nvme")
+    add(
+        "--output_dir", type=Path, metavar="DIR", help="where results go (default: runs/NAME of the document)"
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        type=_resume,
+        metavar="DIR",
+        help="continue the newest checkpoint of the output folder, or the one in DIR",
+    )
+    add("--overwrite", action="store_true", help="replace the run in the output folder")
+
+
+def overrides(arguments: argparse.Namespace) -> "Overrides":
+    """Return the flags that ``add_run_flags`` added."""
+    from sparse_llama.config.flags import Overrides
+
+    return Overrides(**{field.name: getattr(arguments, field.name) for field in fields(Overrides)})
+
+
+def add_model_flags(flags: argparse.ArgumentParser) -> None:
+    """Add what ``open_model`` needs: which model, which adapter, in which precision."""
+    add = flags.add_argument
+    add("--model", metavar="ID|DIR", help="a hub id, a folder, an export, or bundled:tiny-llama")
+    add("--adapter", type=Path, metavar="DIR", help="a run's output folder or its adapter/; names its base")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="to compute in (default: the adapter's run's, or the one in config.json)",
+    )
+    add(
+        "--dense_attention",
+        action="store_true",
+        help="full attention in place of the layout that the adapter was trained with: another function",
+    )
+    add("--trust_remote_code", action="store_true", help="run modelling code that the model brings")
+
+
+def make_room_for(flag: str, file: Path) -> None:
+    """Make the folder of a ``file`` that is written after minutes of work, or say now that it cannot be.
+
+    Raises:
+        ConfigError: naming ``flag``, which gave the file.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise ConfigError(f"{flag} {file}: cannot be written ({error.strerror}); name a file") from error
+
+
+def _resume(value: str) -> Literal["auto"] | Path:
+    return "auto" if value == "auto" else Path(value)
