@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
 from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, save_adapter
 from sparse_llama.attention.interface import attach_attention, plan_attention
+from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.config.sparsity import Sparsity, parse_sparsity
 from sparse_llama.model.llama import load_llama
@@ -22,12 +23,13 @@ def adapt(
     start_layer: int = 2,
     is_trained: bool = True,
     sparsity: Sparsity | None = None,
+    dense_layers: tuple[int, ...] | None = None,
     noise: float = 0.4,
 ) -> LlamaForCausalLM:
     """Return ``model`` with attention and adapters; trained ones have every tensor away from its initial
     value."""
     plan = plan_attention(
-        [sparsity] * model.config.num_hidden_layers,
+        LayerSparsities(sparsity, (), dense_layers).resolve(model.config.num_hidden_layers),
         num_heads=model.config.num_attention_heads,
         master_length=64,
         seed=0,

@@ -13,28 +13,31 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator
 
 from sparse_llama.config.neox import DENSE_TYPES, check_options, is_neox, neox_block, neox_types
-from sparse_llama.config.section import FrozenList, Section
+from sparse_llama.config.section import Section, show
 from sparse_llama.config.sparsity import Sparsity, parse_sparsity
 from sparse_llama.errors import ConfigError
 
 
-def _check_slice(text: str) -> str:
-    parts = text.split(":")
+def _check_layers(value: object) -> object:
+    if isinstance(value, list | tuple) and value and all(type(layer) is int for layer in value):
+        return tuple(value)
+    if isinstance(value, str) and _as_slice(value) is not None:
+        return value
+    raise ValueError(f'must be layer numbers or a slice such as "0:2" or "::4", got {show(value)}')
+
+
+def _as_slice(text: str) -> slice | None:
     try:
-        numbers = [int(part) if part.strip() else None for part in parts]
+        bounds = [int(part) if part.strip() else None for part in text.split(":")]
     except ValueError:
-        numbers = []
-    if len(numbers) not in (2, 3) or numbers[2:] == [0]:
-        raise ValueError(f'must be layer numbers or a slice such as "0:2" or "::4", got "{text}"')
-    return text
+        return None
+    return slice(*bounds) if len(bounds) in (2, 3) and bounds[2:] != [0] else None
 
 
-LayerNumbers = Annotated[tuple[int, ...], FrozenList, Field(min_length=1)]
-LayerSlice = Annotated[str, AfterValidator(_check_slice)]
-Layers = LayerNumbers | LayerSlice
+Layers = Annotated[tuple[int, ...] | str, BeforeValidator(_check_layers)]
 """A choice of layers."""
 
 
@@ -163,8 +166,9 @@ def _by_type(block: Mapping[str, Any]) -> tuple[list[tuple[Layers, Sparsity]], i
 
 def _numbers(layers: Layers, num_layers: int, key: str) -> Iterator[int]:
     if isinstance(layers, str):
-        bounds = (int(part) if part.strip() else None for part in layers.split(":"))
-        yield from range(num_layers)[slice(*bounds)]
+        chosen = _as_slice(layers)
+        assert chosen is not None, "checked when it was read"
+        yield from range(num_layers)[chosen]
         return
     for layer in layers:
         if not -num_layers <= layer < num_layers:

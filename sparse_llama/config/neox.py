@@ -36,6 +36,10 @@ _OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 """The mode of each type, and the options that it reads."""
 
 
+_UNREAD = ("attention", "horizontal_global_attention")
+"""Options that NeoX documents and reads nowhere: its layouts are unidirectional, without global rows."""
+
+
 def is_neox(block: Mapping[str, Any]) -> bool:
     """Return whether a ``sparse_attention`` block is written as GPT-NeoX does."""
     return any(key in block for key in KEYS)
@@ -99,7 +103,7 @@ def check_options(options: object) -> Mapping[str, Any]:
         return {}
     if not isinstance(options, Mapping):
         raise ConfigError(f"{path}: must be an object, got {show(options)}")
-    known = {name for _, names in _OPTIONS.values() for name in names}
+    known = {name for _, names in _OPTIONS.values() for name in names} | set(_UNREAD)
     for key in options:
         if key not in known:
             raise ConfigError(f"{path}.{key}: unknown key{suggest(str(key), sorted(known))}")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sparse_llama.config.deepspeed import OUR_BLOCKS, check_document
+from sparse_llama.config.layers import layer_sparsities
 from sparse_llama.config.run import EMBEDDED, Overrides, load_run
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.layers import layer_sparsities
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {"HF_TOKEN": "hf_51d0a7", "WANDB_API_KEY": "wandb-9e3c", "COMET_API_KEY": "comet-77b1"}

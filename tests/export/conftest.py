@@ -25,6 +25,7 @@ def trained_run(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> 
         version: str = "v2",
         *,
         layout: dict[str, Any] | None = None,
+        dense_layers: tuple[int, ...] | None = None,
         dtype: str = "float32",
         change: Callable[[LlamaForCausalLM], object] = lambda model: None,
         max_shard_size: str = "1GB",
@@ -34,13 +35,15 @@ def trained_run(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> 
         model = tiny_llama(vocab_size=VOCAB_SIZE, **overrides)
         model.save_pretrained(base, max_shard_size=max_shard_size)
         shutil.copyfile(BUNDLED / "tokenizer.model", base / "tokenizer.model")
-        adapt(model, version, sparsity=None if layout is None else parse_sparsity(layout))
+        sparsity = None if layout is None else parse_sparsity(layout)
+        adapt(model, version, sparsity=sparsity, dense_layers=dense_layers)
         with torch.no_grad():
             change(model)
         file = AdapterFile(
             base_model=BaseModelReference(path=str(base)),
             adapter=AdapterSettings(version=version, prompt_length=3),  # type: ignore[arg-type]
             sparse_attention=layout,
+            dense_layers=dense_layers,
             master_length=MASTER_LENGTH,
             seed=0,
             seq_length=MASTER_LENGTH,

@@ -23,8 +23,14 @@ MODES = {
     "variable": {"mode": "variable", "block": 4, "local_window_blocks": [1, 3], "num_random_blocks": 1},
     "window, block 1": {"mode": "local_sliding_window", "block": 1, "num_sliding_window_blocks": 9},
     "window, large blocks": {"mode": "local_sliding_window", "block": 16, "num_sliding_window_blocks": 3},
+    "bslongformer, some layers dense": {
+        "mode": "bslongformer",
+        "block": 4,
+        "num_sliding_window_blocks": 3,
+    },
 }
-CACHED = pytest.mark.parametrize("mode", ["dense", "fixed, two patterns"])
+DENSE_LAYERS = {"bslongformer, some layers dense": (0, -1)}
+CACHED = pytest.mark.parametrize("mode", ["dense", "fixed, two patterns", *DENSE_LAYERS])
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def export(trained_run, tmp_path):
     """Return a function that exports a run with a layout; it returns the export and the adapted model."""
 
     def make(mode: str, version: str = "v2"):
-        run = trained_run(version, layout=MODES[mode])
+        run = trained_run(version, layout=MODES[mode], dense_layers=DENSE_LAYERS.get(mode))
         export_merged(run.folder, tmp_path / "out")
         return open_export(tmp_path / "out"), run.model
 
