@@ -1,0 +1,41 @@
+"""Whole runs whose layers attend differently."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from small_runs import losses
+from training.conftest import REMOVED
+
+from sparse_llama.adapters.weights import load_adapter
+from sparse_llama.config.sparsity import parse_sparsity
+
+Train = Callable[..., Path]
+SHORT: dict[str, Any] = {"training": {"steps": 3, "exact_match_records": 0, "samples": 0}}
+NO_BSLONGFORMER = {"num_sliding_window_blocks": REMOVED, "global_block_indices": REMOVED}
+FIXED = {"mode": "fixed", "block": 16, "num_local_blocks": 2, "attention": "unidirectional"}
+
+
+def test_gpt_neoxs_block_trains_as_the_same_layouts_written_our_way(train: Train):
+    neox = {
+        "mode": REMOVED,
+        "block": REMOVED,
+        "sparsity_config": {"block": 16, "num_local_blocks": 2},
+        "attention_config": [[["global", "sparse_fixed"], 2]],
+    }
+    curve = losses(train("neox", sparse_llama=SHORT, sparse_attention=NO_BSLONGFORMER | neox))
+    ours = SHORT | {"attention": {"dense_layers": "::2"}}
+    same = losses(train("ours", sparse_llama=ours, sparse_attention=NO_BSLONGFORMER | FIXED))
+    everywhere = losses(train("everywhere", sparse_llama=SHORT, sparse_attention=NO_BSLONGFORMER | FIXED))
+    assert curve == same
+    assert curve != everywhere
+
+
+def test_an_adapter_keeps_the_layout_of_every_layer(train: Train):
+    window = {"mode": "local_sliding_window", "block": 32, "num_sliding_window_blocks": 3}
+    attention = {"dense_layers": [-1], "layouts": [{"layers": [1, 3], "sparse_attention": window}]}
+    folder = train("run", sparse_llama=SHORT | {"attention": attention})
+    file, _ = load_adapter(folder / "adapter")
+    modes = [None if one is None else one.mode for one in file.layouts.resolve(4)]
+    assert modes == ["bslongformer", "local_sliding_window", "bslongformer", None]
+    assert file.layouts.resolve(4)[1] == parse_sparsity(window)
