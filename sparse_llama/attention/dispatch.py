@@ -52,7 +52,7 @@ def make_core(
         return ReferenceCore(layout, documents, scaling)
     if layout is None:
         return BlockwiseCore(None, documents, scaling)
-    match _choose(layout, device, dtype, backend):
+    match choose_backend(layout, device, dtype, backend):
         case "blockwise":
             return BlockwiseCore(prepare(layout).chunked, documents, scaling)
         case "triton":
@@ -67,7 +67,12 @@ def make_core(
             return ReferenceCore(layout, documents, scaling)
 
 
-def _choose(layout: Layout, device: torch.device, dtype: torch.dtype, backend: Backend) -> Backend:
+def choose_backend(layout: Layout, device: torch.device, dtype: torch.dtype, backend: Backend) -> Backend:
+    """Return the backend of a sparse layout that ``backend`` comes to on a device.
+
+    Raises:
+        ConfigError: it does not run there.
+    """
     if device.type == "cpu":
         if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(f"{_KEY}: triton needs a CUDA device; use auto, blockwise or reference")

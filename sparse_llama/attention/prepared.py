@@ -51,11 +51,10 @@ class PreparedLayout:
         large, is None where there is none.
         """
         block = self.layout.block
-        lines: list[torch.Tensor] = []
-        for pattern in self.layout.patterns:
-            inside = slice(int(pattern.row_starts[row]), int(pattern.row_starts[row + 1]))
-            bounds = zip(pattern.starts[inside].tolist(), pattern.ends[inside].tolist(), strict=True)
-            lines.append(torch.cat([torch.arange(start * block, end * block) for start, end in bounds]))
+        lines = [
+            torch.cat([torch.arange(start * block, end * block) for start, end in pattern.row(row)])
+            for pattern in self.layout.patterns
+        ]
         width = max(line.numel() for line in lines)
         tokens = torch.zeros(len(lines), width, dtype=torch.int64)
         is_real = torch.zeros(len(lines), width, dtype=torch.bool)
