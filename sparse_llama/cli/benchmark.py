@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparse_llama.benchmark.contenders import Backend
 
 _SCRIPT = "launch/benchmark.py"
-_TABLE_WIDTH = 104
+_TABLE_WIDTH = 112
 _ONLY_ATTENTION = ("kv_heads", "head_dim", "dtype", "backends")
 _DEFAULT_REPEATS = 20
 _BACKENDS: dict[str, tuple["Backend", ...]] = {"cpu": ("blockwise", "flex"), "cuda": ("triton", "flex")}
@@ -78,7 +78,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     """Measure, print and save; mistakes are told before torch is imported."""
     if not is_main():
         return  # two at a time would measure each other
-    modes = _modes(arguments.modes, arguments.what)
+    modes = _modes(arguments.modes)
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats: must be 1 or more, got {arguments.repeats}")
     if arguments.heads is not None and arguments.heads < 1:
@@ -206,11 +206,8 @@ def _backends(text: str | None, place: "torch.device") -> tuple[tuple["Backend",
     return tuple(named), {}
 
 
-def _modes(text: str | None, what: str) -> tuple[str, ...]:
-    if text is None:
-        # At 512K tokens DeepSpeed's default has 134 million intervals, 2 GiB: built when asked for by name.
-        return tuple(name for name in LAYOUT_NAMES if what == "attention" or name != "deepspeed_default")
-    names = _split(text)
+def _modes(text: str | None) -> tuple[str, ...]:
+    names = LAYOUT_NAMES if text is None else _split(text)
     for name in names:
         if name not in LAYOUT_NAMES:
             raise ConfigError(f"--modes: none is called {name!a}{suggest(name, LAYOUT_NAMES)}")

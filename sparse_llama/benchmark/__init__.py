@@ -1,0 +1,1 @@
+"""How fast, and how near to the limit: measurements that others can repeat."""
