@@ -8,8 +8,10 @@ from typing import Any
 
 from sparse_llama.config.deepspeed import Document
 from sparse_llama.config.layers import LayerSparsities
+from sparse_llama.config.mask_file import open_mask
 from sparse_llama.config.optimizer import OFFLOADABLE, ZERO_TESTED
 from sparse_llama.config.settings import Settings
+from sparse_llama.config.sparsity import MaskSparsity
 from sparse_llama.errors import ConfigError
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -148,7 +150,8 @@ def require_libaio(key: str) -> None:
 
 
 def check_lengths(settings: Settings, layouts: LayerSparsities) -> None:
-    """Refuse a master layout shorter than the rows cropped from it, or than its own window.
+    """Refuse a master layout shorter than the rows cropped from it, or than its own window; and a mask's file
+    that is none, or too small for it.
 
     Raises:
         ConfigError: as said.
@@ -169,3 +172,5 @@ def check_lengths(settings: Settings, layouts: LayerSparsities) -> None:
                 f"tokens has {num_blocks}; use at most {num_blocks}, or "
                 f"sparse_llama.attention.master_length >= {(needed - 1) * sparsity.block + 1}"
             )
+        if isinstance(sparsity, MaskSparsity):
+            open_mask(sparsity, num_blocks)

@@ -10,14 +10,15 @@ Layers are numbers, negative ones counting from the last, or a slice as Python w
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from sparse_llama.config.mask_file import pack_mask
 from sparse_llama.config.neox import DENSE_TYPES, check_options, is_neox, neox_block, neox_types
 from sparse_llama.config.section import Section, show
-from sparse_llama.config.sparsity import Sparsity, parse_sparsity
+from sparse_llama.config.sparsity import MaskSparsity, Sparsity, parse_sparsity
 from sparse_llama.errors import ConfigError
 
 
@@ -97,6 +98,16 @@ class LayerSparsities:
             else self.dense_layers,
         }
 
+    def packed(self) -> "LayerSparsities":
+        """Return the same with the tables of masks in place of their paths, for an adapter to keep.
+
+        Raises:
+            ConfigError: a mask's file is gone, or is none.
+        """
+        default = None if self.default is None else _packed(self.default)
+        layouts = tuple((layers, _packed(sparsity)) for layers, sparsity in self.layouts)
+        return replace(self, default=default, layouts=layouts)
+
     @property
     def distinct(self) -> tuple[Sparsity, ...]:
         """The layouts that layers may have."""
@@ -138,6 +149,10 @@ def layer_sparsities(
         return LayerSparsities(None, (*by_type, *parsed), dense_layers, num_layers)
     default = None if sparse_attention is None else parse_sparsity(sparse_attention)
     return LayerSparsities(default, parsed, dense_layers)
+
+
+def _packed(sparsity: Sparsity) -> Sparsity:
+    return pack_mask(sparsity) if isinstance(sparsity, MaskSparsity) else sparsity
 
 
 def _parse(block: dict[str, Any], prefix: str) -> Sparsity:

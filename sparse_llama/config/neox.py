@@ -34,10 +34,14 @@ _OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bslongformer": ("bslongformer", (*_PER_HEAD, "num_sliding_window_blocks", *_RANGES)),
 }
 """The mode of each type, and the options that it reads."""
+_UNREAD = ("mode", "attention", "horizontal_global_attention")
+"""Options that NeoX documents and reads nowhere: types have modes, its layouts are unidirectional, without
+global rows."""
 
 
-_UNREAD = ("attention", "horizontal_global_attention")
-"""Options that NeoX documents and reads nowhere: its layouts are unidirectional, without global rows."""
+def unread_options(block: Mapping[str, Any]) -> list[str]:
+    """Return the options in a block that no type reads."""
+    return [key for key in check_options(block.get("sparsity_config")) if key in _UNREAD]
 
 
 def is_neox(block: Mapping[str, Any]) -> bool:

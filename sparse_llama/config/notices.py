@@ -6,9 +6,10 @@ from typing import Any
 from sparse_llama.config.deepspeed import Document
 from sparse_llama.config.flags import Overrides
 from sparse_llama.config.layers import LayerSparsities
+from sparse_llama.config.neox import is_neox, unread_options
 from sparse_llama.config.schedule import AUTO
 from sparse_llama.config.settings import Settings
-from sparse_llama.config.sparsity import Sparsity
+from sparse_llama.config.sparsity import Sparsity, unread_keys
 from sparse_llama.config.zero import STAGE3_KEYS, UNUSED_KEYS
 
 SWITCHED_BLOCKS = (
@@ -172,8 +173,21 @@ def _attention(
         for key in ("master_length", "dense_layers"):
             if key in merged.get("sparse_llama", {}).get("attention", {}):
                 yield f"sparse_llama.attention.{key}: no effect on dense attention"
+    yield from _unread(merged)
     for sparsity in layouts.distinct:
         yield from _sparsity(sparsity)
+
+
+def _unread(merged: Mapping[str, Any]) -> Iterator[str]:
+    by_layer = merged.get("sparse_llama", {}).get("attention", {}).get("layouts", ())
+    for block in (merged.get("sparse_attention", {}), *(one["sparse_attention"] for one in by_layer)):
+        if is_neox(block):
+            if unread := unread_options(block):
+                keys = ", ".join(unread)
+                yield f"sparse_attention.sparsity_config: no effect of {keys}; GPT-NeoX reads none"
+        elif unread := unread_keys(block):
+            keys, mode = ", ".join(unread), block.get("mode", "fixed")
+            yield f"sparse_attention: no effect of {keys}; mode {mode!r} does not read them"
 
 
 def _sparsity(sparsity: Sparsity) -> Iterator[str]:

@@ -5,13 +5,17 @@ Keys and defaults are those of DeepSpeed's JSON parser up to 0.19.6 (``get_spars
 agree on every default but one: a ``bigbird`` block without ``num_random_blocks`` had none, a
 ``BigBirdSparsityConfig()`` made in code had 1. Two differences: ``attention`` works in every mode that has a
 direction (the parser dropped it for ``bigbird`` and ``bslongformer``), and ``local_sliding_window``, which
-existed in code only, can be asked for at all. A key of another mode is a mistake, not a shrug.
+existed in code only, can be asked for at all. A mode does not read the keys of another: the example in
+DeepSpeed's documentation has those of all modes, and must run; a notice names them.
+
+Three modes DeepSpeed never had: ``strided``, ``s2`` and ``mask``. No old block has their keys, so a key of
+theirs elsewhere, or another's in theirs, is a mistake.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparse_llama.config.section import FrozenList, Section, suggest
 from sparse_llama.errors import ConfigError
@@ -95,7 +99,8 @@ class VariableSparsity(_PerHead):
         return self
 
     def num_blocks_needed(self) -> tuple[str, int]:
-        return "num_random_blocks", self.num_random_blocks
+        backwards = "global_block_indices", _reach(self.global_block_indices, self.global_block_end_indices)
+        return max(("num_random_blocks", self.num_random_blocks), backwards, key=lambda pair: pair[1])
 
 
 class BigBirdSparsity(_PerHead):
@@ -128,7 +133,9 @@ class BSLongformerSparsity(_PerHead):
         return self
 
     def num_blocks_needed(self) -> tuple[str, int]:
-        return "num_sliding_window_blocks", self.num_sliding_window_blocks
+        window = "num_sliding_window_blocks", self.num_sliding_window_blocks
+        backwards = "global_block_indices", _reach(self.global_block_indices, self.global_block_end_indices)
+        return max(window, backwards, key=lambda pair: pair[1])
 
 
 class LocalSlidingWindowSparsity(_Mode):
@@ -142,6 +149,46 @@ class LocalSlidingWindowSparsity(_Mode):
         return "num_sliding_window_blocks", self.num_sliding_window_blocks
 
 
+class StridedSparsity(_Mode):
+    """The ``stride`` blocks up to a block's own, and every ``stride``-th before it (Child et al. 2019,
+    arXiv:1904.10509, section 4.2): block i sees j where i - j < stride or (i - j) mod stride = 0."""
+
+    mode: Literal["strided"] = "strided"
+    stride: int = Field(ge=1)
+    attention: Attention = "unidirectional"
+
+
+class S2Sparsity(_Mode):
+    """Groups of ``group_blocks`` that see themselves; the later half of the heads shifts them by half a group
+    (LongLoRA, Chen et al. 2024, arXiv:2309.12307, section 3.2).
+
+    Shifted groups do not wrap around: the first and the last half group stand alone, so that no token sees a
+    later one. Of an odd number of heads the middle one is shifted, as in LongLoRA.
+    """
+
+    mode: Literal["s2"] = "s2"
+    group_blocks: int = Field(ge=2)
+    attention: Attention = "unidirectional"
+
+    @field_validator("group_blocks")
+    @classmethod
+    def _has_halves(cls, blocks: int) -> int:
+        if blocks % 2:
+            raise ValueError(
+                f"must be even, for half a group to be blocks; got {blocks}, use {blocks - 1} or {blocks + 1}"
+            )
+        return blocks
+
+
+class MaskSparsity(_Mode):
+    """A table of which block sees which, read from a file."""
+
+    mode: Literal["mask"] = "mask"
+    path: str = Field(min_length=1)
+    """Of a .npy file, (N, N) or (H, N, N) bool, from the working directory; or what ``pack_mask`` made of it,
+    which an adapter keeps."""
+
+
 Sparsity = (
     DenseSparsity
     | FixedSparsity
@@ -149,6 +196,9 @@ Sparsity = (
     | BigBirdSparsity
     | BSLongformerSparsity
     | LocalSlidingWindowSparsity
+    | StridedSparsity
+    | S2Sparsity
+    | MaskSparsity
 )
 MODES: dict[str, type[Sparsity]] = {
     "dense": DenseSparsity,
@@ -157,7 +207,13 @@ MODES: dict[str, type[Sparsity]] = {
     "bigbird": BigBirdSparsity,
     "bslongformer": BSLongformerSparsity,
     "local_sliding_window": LocalSlidingWindowSparsity,
+    "strided": StridedSparsity,
+    "s2": S2Sparsity,
+    "mask": MaskSparsity,
 }
+
+
+_DEEPSPEEDS = ("dense", "fixed", "variable", "bigbird", "bslongformer", "local_sliding_window")
 
 
 def parse_sparsity(block: Mapping[str, Any]) -> Sparsity:
@@ -172,14 +228,29 @@ def parse_sparsity(block: Mapping[str, Any]) -> Sparsity:
     if not isinstance(mode, str) or mode not in MODES:
         hint = suggest(mode, MODES) if isinstance(mode, str) else f"; allowed: {', '.join(MODES)}"
         raise ConfigError(f"sparse_attention.mode: no mode is called {mode!a}{hint}")
-    cls = MODES[mode]
-    for key in sorted(set(map(str, block)) - set(cls.model_fields)):
+    cls, unread = MODES[mode], unread_keys(block)
+    for key in sorted(set(map(str, block)) - set(cls.model_fields) - set(unread)):
         homes = [name for name, other in MODES.items() if key in other.model_fields]
         if homes:
             raise ConfigError(
                 f"sparse_attention.{key}: no key of mode {mode!r}; it belongs to {', '.join(homes)}"
             )
-    return cls.parse(dict(block), "sparse_attention")
+    read = {key: value for key, value in block.items() if key not in unread}
+    return cls.parse(read, "sparse_attention")
+
+
+def unread_keys(block: Mapping[str, Any]) -> list[str]:
+    """Return the keys of DeepSpeed's other modes, which one of DeepSpeed's modes passes over."""
+    mode = block.get("mode", "fixed")
+    if mode not in _DEEPSPEEDS:
+        return []
+    known = {key for name in _DEEPSPEEDS for key in MODES[name].model_fields}
+    return [key for key in block if key in known - set(MODES[mode].model_fields)]
+
+
+def _reach(starts: tuple[int, ...], ends: tuple[int, ...] | None) -> int:
+    """Return how many blocks single global ones count back from the end; ranges are cut where none is."""
+    return 0 if ends is not None else -min((0, *starts))
 
 
 def _check_horizontal(attention: str, horizontal: bool) -> None:

@@ -56,9 +56,7 @@ def seen_tokens(pattern: Intervals, block: int, document: Span, token: int) -> l
     """Return the tokens that ``token`` of ``document`` attends to, itself included, as ranges in order."""
     first, last = document
     assert first <= token < last
-    row = (token - first) // block
-    own = slice(int(pattern.row_starts[row]), int(pattern.row_starts[row + 1]))
-    bounds = zip(pattern.starts[own].tolist(), pattern.ends[own].tolist(), strict=True)
+    bounds = pattern.row((token - first) // block)
     return [(first + start * block, min(first + end * block, token + 1)) for start, end in bounds]
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from sparse_llama.config.sparsity import Sparsity, parse_sparsity
+from sparse_llama.config.sparsity import MaskSparsity, S2Sparsity, Sparsity, parse_sparsity
 from sparse_llama.errors import ConfigError
+from sparse_llama.layouts.drawing import Drawing
 from sparse_llama.layouts.intervals import Intervals
-from sparse_llama.layouts.modes import head_layout
+from sparse_llama.layouts.mask import draw_mask
+from sparse_llama.layouts.modes import draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,7 @@ class Layout:
     patterns: tuple[Intervals, ...]
     head_patterns: tuple[int, ...]
     """(H,) index into ``patterns``."""
-    drawn: tuple[Intervals, ...]
+    drawings: tuple[Drawing, ...] = field(repr=False)
     """The patterns before causality: what DeepSpeed's ``make_layout`` returned."""
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What those who use the layout make of it once, such as a kernel's tables; it lives as long as they."""
@@ -52,15 +54,15 @@ class Layout:
 
     def dense(self) -> torch.Tensor:
         """Return the (H, N, N) bool table before causality, as DeepSpeed's ``make_layout``; small N only."""
-        return torch.stack([pattern.to_dense() for pattern in self.drawn])[list(self.head_patterns)]
+        tables = torch.stack([drawing.to_dense(self.num_blocks) for drawing in self.drawings])
+        return tables[list(self.head_patterns)]
 
     def crop(self, num_blocks: int) -> "Layout":
         """Return the layout's first ``num_blocks`` rows and columns: what a shorter sequence attends by."""
         if not 1 <= num_blocks <= self.num_blocks:
             raise ConfigError(f"crop: {num_blocks} blocks of a layout of {self.num_blocks}; 1 to all of them")
         patterns = tuple(pattern.first_rows(num_blocks) for pattern in self.patterns)
-        drawn = tuple(pattern.first_rows(num_blocks).first_columns(num_blocks) for pattern in self.drawn)
-        return Layout(self.block, patterns, self.head_patterns, drawn)
+        return Layout(self.block, patterns, self.head_patterns, self.drawings)
 
     def density_at(self, num_tokens: int) -> float:
         """Return the share of the T (T + 1) / 2 causal token pairs that attend, averaged over heads."""
@@ -85,13 +87,10 @@ class Layout:
 
     def _num_pairs(self, pattern: Intervals, num_tokens: int) -> int:
         num_blocks = self.blocks_of(num_tokens)
-        crop = pattern.first_rows(num_blocks)
-        rows = crop.rows
-        before_diagonal = (crop.ends.minimum(rows) - crop.starts).clamp(min=0)
+        before_diagonal = pattern.first_rows(num_blocks).row_sizes() - 1
         last = num_tokens - (num_blocks - 1) * self.block  # tokens of the last row of blocks
-        is_last = rows == num_blocks - 1
-        pairs = int(before_diagonal[~is_last].sum()) * self.block**2
-        pairs += int(before_diagonal[is_last].sum()) * self.block * last
+        pairs = int(before_diagonal[:-1].sum()) * self.block**2
+        pairs += int(before_diagonal[-1]) * self.block * last
         return pairs + (num_blocks - 1) * self.block * (self.block + 1) // 2 + last * (last + 1) // 2
 
 
@@ -108,37 +107,35 @@ def build_layout(
         ConfigError: the object is none, or its mode asks for more blocks than there are.
     """
     sparsity = parse_sparsity(block) if isinstance(block, Mapping) else block
-    patterns, head_patterns = build_patterns(sparsity, num_heads=num_heads, num_blocks=num_blocks, seed=seed)
-    causal = tuple(pattern.causal() for pattern in patterns)
-    # Windows and bands hold the diagonal in every mode, so no softmax is over nothing.
-    assert all(pattern.row_starts.diff().min() > 0 for pattern in causal)
-    return Layout(sparsity.block, causal, tuple(head_patterns), tuple(patterns))
-
-
-def build_patterns(
-    sparsity: Sparsity, *, num_heads: int, num_blocks: int, seed: int
-) -> tuple[list[Intervals], list[int]]:
-    """Return the distinct patterns as DeepSpeed's ``make_layout`` has them, and the pattern of every head.
-
-    Random blocks are those that DeepSpeed drew after ``random.seed(seed)``.
-
-    Raises:
-        ConfigError: the mode asks for more blocks than there are.
-    """
+    for name, number in (("num_heads", num_heads), ("num_blocks", num_blocks)):
+        if number < 1:
+            raise ConfigError(f"build_layout: {name} must be >= 1, got {number}")
     key, needed = sparsity.num_blocks_needed()
     if needed > num_blocks:
         raise ConfigError(
             f"sparse_attention.{key}: {needed} blocks, but the layout has {num_blocks}; "
             f"use at most {num_blocks}"
         )
-    rng = random.Random(seed)
+    if isinstance(sparsity, MaskSparsity):
+        drawings, head_patterns = draw_mask(sparsity, num_heads, num_blocks)
+    else:
+        rng = random.Random(seed)
+        drawn_as = _drawn_as(sparsity, num_heads)
+        drawings = [draw(sparsity, head, num_blocks, rng) for head in sorted(set(drawn_as))]
+        head_patterns = [sorted(set(drawn_as)).index(head) for head in drawn_as]
+    patterns = tuple(drawing.causal() for drawing in drawings)
+    # Windows and bands hold the diagonal in every mode, so no softmax is over nothing.
+    assert all(int(pattern.row_sizes().min()) > 0 for pattern in patterns)
+    return Layout(sparsity.block, patterns, tuple(head_patterns), tuple(drawings))
+
+
+def _drawn_as(sparsity: Sparsity, num_heads: int) -> list[int]:
+    """Return as which head each head is drawn."""
+    heads = range(num_heads)
+    if isinstance(sparsity, S2Sparsity):
+        return [int(head >= num_heads // 2) for head in heads]
     if not getattr(sparsity, "different_layout_per_head", False):
-        return [head_layout(sparsity, 0, num_blocks, rng)], [0] * num_heads
+        return [0] * num_heads
     if getattr(sparsity, "num_random_blocks", 0) > 0:
-        return [head_layout(sparsity, head, num_blocks, rng) for head in range(num_heads)], list(
-            range(num_heads)
-        )
-    count = min(num_heads, getattr(sparsity, "num_different_global_patterns", 1))
-    return [head_layout(sparsity, head, num_blocks, rng) for head in range(count)], [
-        head % count for head in range(num_heads)
-    ]
+        return list(heads)
+    return [head % getattr(sparsity, "num_different_global_patterns", 1) for head in heads]

@@ -1,5 +1,6 @@
 """Curves over the length of the sequence, as a PNG."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -67,7 +68,7 @@ def save_curves(rows: Sequence[Sequence[Panel]], title: str, file: Path) -> None
     for axes_row, row in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):
         for axes, panel in zip(axes_row, row, strict=True):
             _draw(axes, panel, colors, shown)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, 60 * len(rows[0])), fontsize=11)
     figure.legend(
         shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )

@@ -133,13 +133,14 @@ def _describe(run: Run, parameters: dict[str, nn.Parameter]) -> AdapterFile:
     settings = run.settings
     model, master_length = settings.model, settings.attention.master_length
     assert master_length is not None, "a resolved run has its master length"
+    layouts = run.layouts.packed().to_json()
     return AdapterFile.model_validate(
         {
             "base_model": BaseModelReference(path=model.path, revision=model.revision),
             "adapter": settings.adapter,
-            "sparse_attention": run.layouts.to_json()["sparse_attention"],
-            "layer_layouts": settings.attention.layouts,
-            "dense_layers": settings.attention.dense_layers,
+            "sparse_attention": layouts["sparse_attention"],
+            "layer_layouts": layouts["layouts"],
+            "dense_layers": layouts["dense_layers"],
             "master_length": master_length,
             "seed": settings.seed,
             "seq_length": settings.seq_length,

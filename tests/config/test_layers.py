@@ -93,7 +93,8 @@ def test_every_layout_has_to_fit_into_the_master(refusal):
 
 
 NEOX = {
-    "attention": "bidirectional",  # documented, and read nowhere
+    "mode": "fixed",  # documented, and read nowhere; so is attention
+    "attention": "bidirectional",
     "block": 16,
     "num_local_blocks": 8,
     "num_sliding_window_blocks": 5,
@@ -191,12 +192,13 @@ def test_an_old_file_runs_with_model_and_data_from_flags(load):
         "fp16": {"enabled": True},
         "zero_optimization": {"stage": 1},
         "sparse_attention": {
-            "sparsity_config": {"block": 16, "num_local_blocks": 32},
+            "sparsity_config": {"block": 16, "num_local_blocks": 32, "mode": "fixed"},
             "attention_config": [[["global", "sparse_fixed"], "all"]],
         },
     }
     run = load(document, model="openlm-research/open_llama_7b", dataset="databricks/databricks-dolly-15k")
     assert by_layer(run.layouts, 4) == [None, "fixed", None, "fixed"]
+    assert run.notices == ("sparse_attention.sparsity_config: no effect of mode; GPT-NeoX reads none",)
     saved = run.to_json()
     again = layer_sparsities(saved["sparse_attention"], run.settings.attention.layouts)
     assert again.resolve(4) == run.layouts.resolve(4)

@@ -53,16 +53,48 @@ def test_a_mode_has_the_keys_and_defaults_that_deepspeed_had(mode: str):
     assert parse_sparsity({"mode": mode}).model_dump() == expected
 
 
-def test_there_are_six_modes_and_a_block_without_one_is_fixed():
-    assert MODES.keys() == SCHEMA.keys()
+def test_deepspeed_had_six_modes_and_a_block_without_one_is_fixed():
+    assert list(MODES) == [*SCHEMA, "strided", "s2", "mask"]
     assert parse_sparsity({"num_local_blocks": 8}).mode == "fixed"
+
+
+EVERY_KEY = {
+    "block": 16,
+    "different_layout_per_head": True,
+    "num_local_blocks": 4,
+    "num_global_blocks": 1,
+    "attention": "bidirectional",
+    "horizontal_global_attention": False,
+    "num_different_global_patterns": 4,
+    "num_random_blocks": 0,
+    "local_window_blocks": [4],
+    "global_block_indices": [0],
+    "global_block_end_indices": None,
+    "num_sliding_window_blocks": 3,
+}
+"""The example of DeepSpeed's documentation (config-json, "Sparse Attention"), where ``mode`` is ``fixed``."""
+
+
+@pytest.mark.parametrize("mode", SCHEMA)
+def test_keys_of_other_modes_are_passed_over_as_deepspeed_did(load, mode: str):
+    sparsity = parse_sparsity({"mode": mode} | EVERY_KEY)
+    own = {key: value for key, value in EVERY_KEY.items() if key in SCHEMA[mode] or key == "block"}
+    if mode != "local_sliding_window":
+        own["different_layout_per_head"] = True
+    assert sparsity == parse_sparsity({"mode": mode} | own)
+    run = load({"sparse_attention": {"mode": mode} | EVERY_KEY})
+    assert run.layouts.default == sparsity
+    unread = [key for key in EVERY_KEY if key not in own and EVERY_KEY[key] is not None]
+    assert (
+        f"sparse_attention: no effect of {', '.join(unread)}; mode {mode!r} does not read them" in run.notices
+    )
 
 
 @pytest.mark.real_data
 def test_every_layout_that_deepspeed_computed_can_be_asked_for(shared: Path):
     with np.load(shared / "golden" / "deepspeed_layouts.npz") as golden:
         cases = json.loads(str(golden["cases"]))
-    assert {case["mode"] for case in cases} == set(MODES)
+    assert {case["mode"] for case in cases} == set(SCHEMA)
     for case in cases:
         parsed = parse_sparsity({"mode": case["mode"], "block": case["block"]} | case["options"])
         held = parsed.model_dump(mode="json")
@@ -74,16 +106,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"mode": 5},
         "mode: no mode is called 5; allowed: dense, fixed, variable, bigbird, bslongformer, "
+        "local_sliding_window, strided, s2, mask",
+    ),
+    (
+        {"mode": "strided", "stride": 3, "num_sliding_window_blocks": 3},
+        "num_sliding_window_blocks: no key of mode 'strided'; it belongs to bigbird, bslongformer, "
         "local_sliding_window",
     ),
     (
-        {"mode": "fixed", "num_sliding_window_blocks": 3},
-        "num_sliding_window_blocks: no key of mode 'fixed'; it belongs to bigbird, bslongformer, "
-        "local_sliding_window",
-    ),
-    (
-        {"mode": "dense", "horizontal_global_attention": True},
-        "horizontal_global_attention: no key of mode 'dense'; it belongs to fixed, variable",
+        {"mode": "dense", "group_blocks": 4},
+        "group_blocks: no key of mode 'dense'; it belongs to s2",
     ),
     ({"num_local_block": 3}, "num_local_block: unknown key; did you mean 'num_local_blocks'?"),
     ({"block": 0}, "block: must be >= 1, got 0"),
@@ -95,6 +127,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"mode": "variable", "local_window_blocks": [4, 0]}, "local_window_blocks[1]: must be >= 1, got 0"),
     ({"mode": "variable", "local_window_blocks": 4}, "local_window_blocks: must be a list, got 4"),
+    ({"mode": "strided"}, "stride: missing; this key is required"),
+    ({"mode": "strided", "stride": 0}, "stride: must be >= 1, got 0"),
+    ({"mode": "s2"}, "group_blocks: missing; this key is required"),
+    (
+        {"mode": "s2", "group_blocks": 5},
+        "group_blocks: must be even, for half a group to be blocks; got 5, use 4 or 6",
+    ),
+    ({"mode": "s2", "group_blocks": 1}, "group_blocks: must be >= 2, got 1"),
+    ({"mode": "fixed", "stride": 8}, "stride: no key of mode 'fixed'; it belongs to strided"),
+    ({"mode": "mask", "path": ""}, 'path: must have at least 1 entry, got ""'),
 ]
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
     (

@@ -1,6 +1,7 @@
 """Density, crops, and intervals at sizes where a table would not fit."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.errors import ConfigError
 from sparse_llama.layouts import Layout, build_layout
-from sparse_llama.layouts.intervals import Intervals, union
+from sparse_llama.layouts.intervals import union
 
 MODES = [
     {"mode": "dense"},
@@ -23,6 +24,8 @@ MODES = [
     {"mode": "bigbird", "different_layout_per_head": True, "num_random_blocks": 1},
     {"mode": "bslongformer", "global_block_indices": [0, 3], "global_block_end_indices": [1, 5]},
     {"mode": "local_sliding_window", "num_sliding_window_blocks": 5},
+    {"mode": "strided", "stride": 3},
+    {"mode": "s2", "group_blocks": 4},
 ]
 
 
@@ -87,13 +90,109 @@ def test_the_union_of_intervals_is_the_union_of_their_blocks():
         assert torch.equal(found, expected)
 
 
-def test_half_a_million_tokens_take_megabytes():
-    sparsity = parse_sparsity({"mode": "bslongformer", "num_sliding_window_blocks": 65})
-    layout = build_layout(sparsity, num_heads=32, num_blocks=524288 // 16, seed=0)
-    sizes = [t.numel() * t.element_size() for t in _tensors(layout.patterns[0])]
-    assert len(layout.patterns) == 1
-    assert sum(sizes) < 2 * 2**20
+FREE_TO_SHARE: list[dict] = [
+    {"mode": "fixed", "num_local_blocks": 3},
+    {"mode": "fixed", "num_local_blocks": 4, "num_global_blocks": 2, "horizontal_global_attention": True},
+    {
+        "mode": "fixed",
+        "different_layout_per_head": True,
+        "num_local_blocks": 8,
+        "num_global_blocks": 2,
+        "num_different_global_patterns": 4,
+    },
+    {"mode": "variable", "local_window_blocks": [2], "global_block_indices": [0, 3, 8, 11, 40]},
+    {
+        "mode": "variable",
+        "local_window_blocks": [30, 5],
+        "global_block_indices": [0, 2, 9, 31, 33, 35, 37],
+        "num_random_blocks": 1,
+        "horizontal_global_attention": True,
+    },
+    {"mode": "bslongformer", "global_block_indices": list(range(0, 60, 7))},
+    {"mode": "strided", "stride": 4},
+]
 
 
-def _tensors(intervals: Intervals) -> list[torch.Tensor]:
-    return [intervals.row_starts, intervals.starts, intervals.ends]
+@pytest.mark.parametrize("block", FREE_TO_SHARE, ids=str)
+def test_rows_that_share_intervals_are_the_same_rows(block: dict):
+    layout = make(block, num_blocks=61)
+    tables = layout.dense().tril()
+    for head, pattern in enumerate(layout.head_patterns):
+        rows = layout.patterns[pattern]
+        expected = tables[head]
+        assert torch.equal(rows.to_dense(), expected)
+        assert torch.equal(rows.to_dense(first_row=50), expected[50:])
+        assert torch.equal(rows.first_rows(37).to_dense(), expected[:37, :37])
+        assert rows.row_sizes().tolist() == expected.sum(1).tolist()
+        assert rows.num_blocks() == int(expected.sum())
+        for index in (0, 1, 17, 60):
+            seen = [block for start, end in rows.row(index) for block in range(start, end)]
+            assert seen == expected[index].nonzero().flatten().tolist()
+            assert all(end < start for (_, end), (start, _) in pairwise(rows.row(index))), "intervals touch"
+        assert bool((rows.starts < rows.ends).all())
+        is_new = torch.ones(rows.starts.numel(), dtype=torch.bool)
+        is_new[1:] = rows.rows.diff() > 0
+        assert bool((rows.starts[1:] > rows.ends[:-1])[~is_new[1:]].all()), (
+            "intervals touch or are not sorted"
+        )
+
+
+@pytest.mark.parametrize("block", MODES, ids=lambda block: block["mode"])
+@pytest.mark.parametrize("num_blocks", [1, 5, 13, 14])
+def test_a_crop_has_the_first_rows_and_columns(block: dict, num_blocks: int):
+    layout = make(block)
+    crop = layout.crop(num_blocks)
+    assert torch.equal(crop.dense(), layout.dense()[:, :num_blocks, :num_blocks])
+    for mine, whole in zip(crop.patterns, layout.patterns, strict=True):
+        assert torch.equal(mine.to_dense(), whole.to_dense()[:num_blocks, :num_blocks])
+    assert crop.num_tokens == 4 * num_blocks
+    assert crop.density == pytest.approx(layout.density_at(4 * num_blocks), abs=1e-15)
+    assert torch.equal(crop.crop(1).dense(), layout.dense()[:, :1, :1])
+
+
+def test_a_crop_larger_than_the_layout_is_refused():
+    for num_blocks in (0, 15):
+        with pytest.raises(
+            ConfigError, match=f"crop: {num_blocks} blocks of a layout of 14; 1 to all of them"
+        ):
+            make(MODES[0]).crop(num_blocks)
+
+
+HALF_A_MILLION: list[tuple[dict, int]] = [
+    ({"mode": "dense"}, 1),
+    ({"mode": "fixed"}, 1),
+    ({"mode": "fixed", "horizontal_global_attention": True}, 1),
+    ({"mode": "fixed", "different_layout_per_head": True, "num_different_global_patterns": 4}, 4),
+    ({"mode": "variable", "num_random_blocks": 2, "global_block_indices": [0, 9]}, 1),
+    ({"mode": "variable", "global_block_indices": list(range(0, 32768, 64))}, 1),
+    ({"mode": "bigbird", "num_random_blocks": 3}, 1),
+    ({"mode": "bslongformer", "num_sliding_window_blocks": 65}, 1),
+    ({"mode": "local_sliding_window"}, 1),
+    ({"mode": "strided", "stride": 2}, 1),
+    ({"mode": "strided", "stride": 128}, 1),
+    ({"mode": "s2", "group_blocks": 8192}, 2),
+]
+
+
+@pytest.mark.parametrize(("block", "num_patterns"), HALF_A_MILLION, ids=lambda value: str(value)[:60])
+def test_half_a_million_tokens_take_megabytes(block: dict, num_patterns: int):
+    """Counted, not timed; (H, N, N) int64 would be 256 GiB."""
+    layout = build_layout(block, num_heads=32, num_blocks=524288 // 16)
+    assert len(layout.patterns) == num_patterns
+    drawn = [tensor for drawing in layout.drawings for rows in drawing.rows for tensor in rows]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in drawn)
+    corners = sum(4 * 8 * len(drawing.rectangles) for drawing in layout.drawings)
+    assert sum(pattern.nbytes for pattern in layout.patterns) < num_patterns * 3 * 2**20
+    assert held + corners < num_patterns * 4 * 2**20
+    assert 0 < layout.density <= 1
+    assert layout.crop(8).dense().shape == (32, 8, 8)
+
+
+def test_the_density_of_half_a_million_tokens_is_the_one_counted_by_hand():
+    """``fixed``, 4 local blocks: row 4 w + r sees w blocks before its window, r of it, and itself."""
+    num_blocks, block = 32768, 16
+    layout = build_layout({"mode": "fixed"}, num_heads=32, num_blocks=num_blocks)
+    before = sum(row // 4 + row % 4 for row in range(num_blocks))
+    pairs = before * block**2 + num_blocks * block * (block + 1) // 2
+    total = num_blocks * block * (num_blocks * block + 1) // 2
+    assert layout.density == pytest.approx(pairs / total, rel=1e-12)

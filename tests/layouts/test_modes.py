@@ -1,6 +1,7 @@
 """The modes against layouts that DeepSpeed 0.19.6 computed, and against pictures."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.errors import ConfigError
-from sparse_llama.layouts.layout import build_layout, build_patterns
+from sparse_llama.layouts import build_layout
 
 
 def picture(block: dict, num_blocks: int, head: int = 0, num_heads: int = 4) -> list[str]:
@@ -26,13 +27,10 @@ def test_every_golden_layout_is_reproduced_bit_for_bit(shared: Path):
     for index, case in enumerate(cases):
         sparsity = parse_sparsity({"mode": case["mode"], "block": case["block"], **case["options"]})
         heads, blocks = case["num_heads"], case["num_blocks"]
-        patterns, head_patterns = build_patterns(
-            sparsity, num_heads=heads, num_blocks=blocks, seed=case["python_random_seed"]
-        )
+        layout = build_layout(sparsity, heads, blocks, case["python_random_seed"])
         bits = np.unpackbits(golden[f"layout_{index}"])[: heads * blocks * blocks]
         expected = torch.from_numpy(bits).view(heads, blocks, blocks).bool()
-        found = torch.stack([patterns[pattern].to_dense() for pattern in head_patterns])
-        assert torch.equal(found, expected), case
+        assert torch.equal(layout.dense(), expected), case
 
 
 def test_fixed_sees_its_window_and_the_last_block_of_every_window_before():
@@ -83,6 +81,18 @@ def test_variable_windows_end_with_the_last_size_repeating():
 def test_local_sliding_window_sees_half_its_size_back():
     block = {"mode": "local_sliding_window", "num_sliding_window_blocks": 5}
     assert picture(block, 5) == ["#....", "##...", "###..", ".###.", "..###"]
+
+
+def test_random_blocks_are_those_of_pythons_sample():
+    """Which is what DeepSpeed drew them with, row after row; up to 21 blocks and over 5 of them otherwise."""
+    for count, num_blocks in ((1, 21), (1, 22), (2, 22), (3, 64), (5, 300), (6, 80), (9, 40)):
+        block = {"mode": "variable", "local_window_blocks": [1], "global_block_indices": []}
+        expected = torch.eye(num_blocks, dtype=torch.bool)
+        rng = random.Random(count)
+        for row in range(num_blocks):
+            expected[row, rng.sample(range(num_blocks), count)] = True
+        layout = build_layout(block | {"num_random_blocks": count}, 1, num_blocks, seed=count)
+        assert torch.equal(layout.dense()[0], expected)
 
 
 def test_random_blocks_repeat_with_the_seed_and_differ_between_heads_and_seeds():

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from small_runs import losses
 from training.conftest import REMOVED
+from transformers import LlamaConfig
 
 from sparse_llama.adapters.weights import load_adapter
 from sparse_llama.config.sparsity import parse_sparsity
+from sparse_llama.model.assemble import plan_of_adapter
 
 Train = Callable[..., Path]
 SHORT: dict[str, Any] = {"training": {"steps": 3, "exact_match_records": 0, "samples": 0}}
@@ -39,3 +43,19 @@ def test_an_adapter_keeps_the_layout_of_every_layer(train: Train):
     modes = [None if one is None else one.mode for one in file.layouts.resolve(4)]
     assert modes == ["bslongformer", "local_sliding_window", "bslongformer", None]
     assert file.layouts.resolve(4)[1] == parse_sparsity(window)
+
+
+def test_an_adapter_trained_with_a_mask_keeps_the_mask(train: Train, tmp_path: Path):
+    mask = np.tri(20, dtype=bool) & (np.random.default_rng(0).random((4, 20, 20)) < 0.3)
+    mask |= np.eye(20, dtype=bool)
+    file = tmp_path / "mask.npy"
+    np.save(file, mask)
+    block = {"mode": "mask", "block": 16, "path": str(file)}
+    folder = train("run", sparse_llama=SHORT, sparse_attention=NO_BSLONGFORMER | block)
+    file.unlink()
+    adapter, _ = load_adapter(folder / "adapter")
+    plan = plan_of_adapter(adapter, LlamaConfig(num_hidden_layers=4, num_attention_heads=4))
+    for layer in range(4):
+        layout = plan.layout(layer, 320)
+        assert layout is not None
+        assert torch.equal(layout.dense(), torch.from_numpy(mask))
