@@ -11,6 +11,7 @@ import torch
 
 from sparse_llama.layouts.intervals import Intervals, union
 
+_ROWS_AT_ONCE = 1024  # of blocks: a row may share thousands of intervals with others, 134 million in all
 Span = tuple[int, int]
 """Tokens [first, last)."""
 
@@ -65,19 +66,23 @@ def _count_document(pattern: Intervals, document: Span, grid: Grid) -> torch.Ten
     assert first % grid.block == 0
     assert first < last <= grid.num_tokens
     block, offset, num_blocks = grid.block, first // grid.block, -(-(last - first) // grid.block)
-    crop = pattern.first_rows(num_blocks)
-    rows = crop.rows
     heights = torch.full((num_blocks,), block)  # query tokens of a block row
     heights[-1] = last - first - (num_blocks - 1) * block
-    # Blocks before the diagonal are whole: only the last block is ragged, and only its own row sees it.
-    weights = (heights * block)[rows]
-    ends = torch.minimum(crop.ends, rows)
-    starts = torch.minimum(crop.starts, ends)
-    cell_rows = (rows + offset) // grid.row_blocks
-    begun, ended = (_cover(cell_rows, edges + offset, weights, grid) for edges in (starts, ends))
     diagonal = torch.arange(num_blocks) + offset
     cells = (diagonal // grid.row_blocks, diagonal // grid.column_blocks)
-    return (begun - ended).index_put_(cells, heights * (heights + 1) // 2, accumulate=True)
+    counts = torch.zeros(grid.shape, dtype=torch.int64)
+    counts.index_put_(cells, heights * (heights + 1) // 2, accumulate=True)
+    for top in range(0, num_blocks, _ROWS_AT_ONCE):
+        some = pattern.some_rows(top, min(top + _ROWS_AT_ONCE, num_blocks))
+        rows = some.rows + top
+        # Blocks before the diagonal are whole: only the last block is ragged, and only its own row sees it.
+        weights = (heights * block)[rows]
+        ends = torch.minimum(some.ends, rows)
+        starts = torch.minimum(some.starts, ends)
+        cell_rows = (rows + offset) // grid.row_blocks
+        begun, ended = (_cover(cell_rows, edges + offset, weights, grid) for edges in (starts, ends))
+        counts += begun - ended
+    return counts
 
 
 def _cover(cell_rows: torch.Tensor, edges: torch.Tensor, weights: torch.Tensor, grid: Grid) -> torch.Tensor:

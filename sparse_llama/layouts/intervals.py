@@ -109,13 +109,17 @@ class Intervals:
 
     def first_rows(self, num_rows: int) -> "Intervals":
         """Return the first ``num_rows`` rows; of a causal set, the crop [:num_rows, :num_rows]."""
-        assert num_rows <= self.num_rows
+        return self.some_rows(0, num_rows)
+
+    def some_rows(self, first: int, last: int) -> "Intervals":
+        """Return rows [first, last), counted from 0; the columns stay."""
+        assert 0 <= first <= last <= self.num_rows
         row_starts, starts, ends = self._own
-        last = int(row_starts[num_rows])
+        own = slice(int(row_starts[first]), int(row_starts[last]))
         shared = self._shared
         if shared is not None:
-            shared = shared._replace(firsts=shared.firsts[:num_rows], lasts=shared.lasts[:num_rows])
-        return Intervals(row_starts[: num_rows + 1], starts[:last], ends[:last], shared)
+            shared = shared._replace(firsts=shared.firsts[first:last], lasts=shared.lasts[first:last])
+        return Intervals(row_starts[first : last + 1] - own.start, starts[own], ends[own], shared)
 
     def to_dense(self, first_row: int = 0) -> torch.Tensor:
         """Return rows ``first_row`` to N as an (N - first_row, N) bool table; few rows, or small N."""
