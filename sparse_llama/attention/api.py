@@ -53,7 +53,7 @@ def block_sparse_attention(
         found = read_documents(documents)
     layout.blocks_of(found.longest)
     scaling = head_dim**-0.5 if scale is None else scale
-    core = make_core(layout, found, device=q.device, dtype=q.dtype, scaling=scaling, backend=backend)
+    core = make_core(layout, found, q, scaling=scaling, backend=backend)
     return attend(core, q, k, v)
 
 

@@ -73,9 +73,7 @@ class DifferentiableCore(AttentionCore, Protocol):
         ...
 
 
-def attend(
-    core: AttentionCore, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
+def attend(core: AttentionCore, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Return the (B, H, T, D) output of ``core``, differentiable."""
     if isinstance(core, DifferentiableCore):
         return core.attend(query, key, value)

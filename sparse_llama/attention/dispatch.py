@@ -31,9 +31,8 @@ _KEY = "sparse_llama.attention.backend"
 def make_core(
     layout: Layout | None,
     documents: Documents,
+    query: torch.Tensor,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     scaling: float,
     backend: Backend = "auto",
 ) -> AttentionCore:
@@ -41,6 +40,7 @@ def make_core(
 
     Args:
         layout: None is full causal attention; one that is causal for the longest document is taken as such.
+        query: (B, H, T, D), for its device, dtype and head width.
 
     Raises:
         ConfigError: ``backend`` does not run on this device.
@@ -52,7 +52,8 @@ def make_core(
         return ReferenceCore(layout, documents, scaling)
     if layout is None:
         return BlockwiseCore(None, documents, scaling)
-    match choose_backend(layout, device, dtype, backend):
+    device = query.device
+    match choose_backend(layout, device, query.dtype, query.shape[-1], backend):
         case "blockwise":
             return BlockwiseCore(prepare(layout).chunked, documents, scaling)
         case "triton":
@@ -67,7 +68,9 @@ def make_core(
             return ReferenceCore(layout, documents, scaling)
 
 
-def choose_backend(layout: Layout, device: torch.device, dtype: torch.dtype, backend: Backend) -> Backend:
+def choose_backend(
+    layout: Layout, device: torch.device, dtype: torch.dtype, head_dim: int, backend: Backend
+) -> Backend:
     """Return the backend of a sparse layout that ``backend`` comes to on a device.
 
     Raises:
@@ -84,7 +87,7 @@ def choose_backend(layout: Layout, device: torch.device, dtype: torch.dtype, bac
     if backend == "blockwise":
         raise ConfigError(f"{_KEY}: blockwise is made for the CPU; use auto, triton, flex or reference")
     if backend == "auto":
-        reason = _why_not_triton(layout, dtype)
+        reason = _why_not_triton(layout, dtype, head_dim)
         if reason is None:
             return "triton"
         slower: Backend = "reference" if dtype == torch.float64 else "flex"
@@ -93,11 +96,13 @@ def choose_backend(layout: Layout, device: torch.device, dtype: torch.dtype, bac
     return backend
 
 
-def _why_not_triton(layout: Layout, dtype: torch.dtype) -> str | None:
+def _why_not_triton(layout: Layout, dtype: torch.dtype, head_dim: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "its kernels have no fp64"
+    if head_dim > 256:
+        return f"heads of {head_dim} are wider than its 256"
     from sparse_llama.attention.tiles import supports
 
     if not supports(layout):

@@ -167,6 +167,4 @@ def attention_core(
         return DecodingCore(plan.layout(layer, key.shape[2]), scaling)
     documents = plan.documents(position_ids, num_rows, num_tokens)
     layout = plan.layout(layer, documents.longest)
-    return make_core(
-        layout, documents, device=query.device, dtype=query.dtype, scaling=scaling, backend=plan.backend
-    )
+    return make_core(layout, documents, query, scaling=scaling, backend=plan.backend)

@@ -23,8 +23,8 @@ def layout(block: int = 64):
 
 def core(backend: str, *, of=None, num_tokens: int = 300):
     documents = whole_rows(1, num_tokens)
-    kind = torch.float32
-    return make_core(of, documents, device=CPU, dtype=kind, scaling=0.1, backend=backend)  # type: ignore[arg-type]
+    query = torch.zeros(1, 2, num_tokens, 8)
+    return make_core(of, documents, query, scaling=0.1, backend=backend)  # type: ignore[arg-type]
 
 
 def test_on_the_cpu_the_blocks_are_walked_and_the_definition_can_be_asked_for():
@@ -58,22 +58,23 @@ def test_full_attention_is_pytorchs_own_whatever_is_asked_for(backend):
 def test_a_backend_of_another_device_is_one_line(monkeypatch, device, backend, message):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=f"sparse_llama.attention.backend: {message}"):
-        choose_backend(layout(), device, torch.float32, backend)
+        choose_backend(layout(), device, torch.float32, 64, backend)
 
 
 @pytest.mark.parametrize("block", [16, 32, 48, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_cuda_triton_computes_without_a_word(caplog, block, dtype):
-    assert choose_backend(layout(block), CUDA, dtype, "auto") == "triton"
+    assert choose_backend(layout(block), CUDA, dtype, 128, "auto") == "triton"
     assert not caplog.records
 
 
 def test_what_is_slower_is_said_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert choose_backend(layout(5), CUDA, torch.bfloat16, "auto") == "flex"
-            assert choose_backend(layout(), CUDA, torch.float64, "auto") == "reference"
+            assert choose_backend(layout(5), CUDA, torch.bfloat16, 128, "auto") == "flex"
+            assert choose_backend(layout(), CUDA, torch.float64, 128, "auto") == "reference"
     lines = [record.getMessage() for record in caplog.records]
+    assert choose_backend(layout(), CUDA, torch.bfloat16, 320, "auto") == "flex"
     assert len(lines) == 2
     assert "flex computes what triton would, slower: a block of 5 tokens does not tile" in lines[0]
     assert "reference computes what triton would, slower: its kernels have no fp64" in lines[1]
@@ -82,5 +83,5 @@ def test_what_is_slower_is_said_once(caplog):
 def test_without_triton_flex_computes(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING):
-        assert choose_backend(layout(), CUDA, torch.bfloat16, "auto") == "flex"
+        assert choose_backend(layout(), CUDA, torch.bfloat16, 128, "auto") == "flex"
     assert "triton is not installed (pip install triton)" in caplog.text
