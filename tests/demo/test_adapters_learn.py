@@ -9,7 +9,9 @@ from sparse_llama.config.run import EMBEDDED, Overrides, load_run
 from sparse_llama.training.loop import fit
 
 
-@pytest.mark.parametrize(("adapter", "lr", "steps"), [("v2", None, 40), ("v1", 2e-2, 100)])
+@pytest.mark.parametrize(
+    ("adapter", "lr", "steps"), [("v2", None, 40), pytest.param("v1", 2e-2, 100, marks=pytest.mark.slow)]
+)
 def test_a_short_run_teaches_the_answers_that_the_base_never_gives(tmp_path: Path, adapter, lr, steps):
     document = json.loads(EMBEDDED.read_text(encoding="utf-8"))
     training = document["sparse_llama"]["training"]

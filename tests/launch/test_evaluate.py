@@ -184,8 +184,8 @@ def test_a_base_that_was_never_loaded_is_refused(tmp_path, text, capsys):
             "--window: must be from 1 to 2048, the max_position",
         ),
         (
-            ["--adapter", "RUN", "--data", "TEXT", "--window", "513"],
-            "--window: must be from 1 to 512, the master_leng",
+            ["--adapter", "RUN", "--data", "TEXT", "--window", "2049"],
+            "--window: must be from 1 to 2048, the max_position",
         ),
         (
             ["--model", BASE, "--data", "TEXT", "--window", "8", "--stride", "9"],

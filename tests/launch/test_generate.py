@@ -87,12 +87,13 @@ def test_a_seed_repeats_a_sample(run_folder, capsys):
 
 
 def test_an_answer_of_no_given_length_ends_where_the_model_does_and_says_so(run_folder, capsys):
-    """T28: the adapter's layout is 512 tokens long."""
-    generate("--adapter", run_folder, "--raw", "--prompt", "Tom lives in Lima. " * 60)
+    """T28: the adapter's layout extends itself, the base's positions do not."""
+    prompt = "Tom lives in Lima. " * 310
+    generate("--adapter", run_folder, "--raw", "--prompt", prompt)
     captured = capsys.readouterr()
     (note,) = [line for line in captured.err.splitlines() if line.startswith("note: ")]
     opened = open_model(BASE, run_folder / "adapter")
-    room = 512 - 1 - len(opened.tokenizer.encode("Tom lives in Lima. " * 60))
+    room = 2048 - 1 - len(opened.tokenizer.encode(prompt))
     assert 0 < room < 256
     assert f"at most {room} tokens" in note
 
@@ -106,12 +107,12 @@ def test_only_the_main_process_of_a_job_answers(run_folder, capsys, monkeypatch)
     ("arguments", "message"),
     [
         (
-            ["--adapter", "RUN", "--prompt", "w " * 600],
-            r"the prompt: \d+ tokens leave no room to answer in 512, the mas",
+            ["--adapter", "RUN", "--prompt", "w " * 2400],
+            r"the prompt: \d+ tokens leave no room to answer in 2048, the max",
         ),
         (
-            ["--adapter", "RUN", "--prompt", "Who?", "--max_new_tokens", "500"],
-            r"--max_new_tokens: 500 .* use at most \d+$",
+            ["--adapter", "RUN", "--prompt", "Who?", "--max_new_tokens", "2030"],
+            r"--max_new_tokens: 2030 .* use at most \d+$",
         ),
         (["--model", BASE, "--prompt", "Who?", "--temperature", "-1"], "--temperature: must be 0"),
         (["--model", BASE, "--prompt", "Who?", "--top_k", "5"], "--top_k: has no effect at --temperature 0"),
