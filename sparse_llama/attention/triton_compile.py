@@ -4,12 +4,11 @@ Triton brings its own assembler, so this needs no driver. It stands in for a run
 its registers keeps some in memory and is slower, one that does not fit shared memory does not start.
 """
 
-import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from math import gcd
 from pathlib import Path
@@ -27,13 +26,8 @@ from sparse_llama.attention.tiles import Tile, choose_tiles
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _FP32 = {"lse", "delta", "partial_key", "partial_value"}
 _INT32 = {"items", "item_starts", "sums", "sum_starts", "key_units", "head_patterns"}
-_NUMBERS = {
-    "num_tiles",
-    "num_tokens",
-    "num_slots",
-    "group_size",
-    "num_each",
-}  # not specialised: nothing is known of them
+_NUMBERS = {"num_tiles", "num_tokens", "num_slots", "group_size", "num_each"}
+"""Not specialised: nothing is known of them."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +154,3 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
     assert found is not None, done.stdout
     return int(found[1]), int(found[2])
-
-
-if __name__ == "__main__":
-    for line in compile_report():
-        print(json.dumps(asdict(line)), flush=True)

@@ -1,6 +1,7 @@
 """``launch/benchmark.py``."""
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -37,8 +38,9 @@ def benchmark_parser(doc: str | None) -> Parser:
     add = flags.add_argument
     add(
         "what",
-        choices=("attention", "layouts"),
-        help="attention: time and memory against dense flash attention; layouts: time to build, and bytes",
+        choices=("attention", "layouts", "kernels"),
+        help="attention: time and memory against dense flash attention; layouts: time to build, and bytes; "
+        "kernels: registers and utilisation of the Triton kernels, without a GPU",
     )
     add("--modes", metavar="A,B", help=f"layouts, of {', '.join(LAYOUT_NAMES)} (default: all)")
     add(
@@ -86,6 +88,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     lengths, blocks = _numbers("lengths", arguments.lengths), _numbers("blocks", arguments.blocks)
     if arguments.what == "layouts":
         _layouts(arguments, modes, lengths or (524288,), blocks or (16,))
+    elif arguments.what == "kernels":
+        _kernels(arguments, modes, lengths or (16384,), blocks or (16, 64, 128))
     else:
         _attention(arguments, modes, lengths, blocks)
 
@@ -114,6 +118,39 @@ def _layouts(
     ]
     show_columns("layouts", BUILD_HEADER, map(build_row, built), _console())
     _tell_files(save_builds(arguments.output_dir, "layouts", built, origin))
+
+
+def _kernels(
+    arguments: argparse.Namespace, modes: tuple[str, ...], lengths: tuple[int, ...], blocks: tuple[int, ...]
+) -> None:
+    for name in (*_ONLY_ATTENTION, "heads"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name}: no choice of kernels; widths of 64 to 256 in bf16 are compiled")
+    if len(lengths) != 1:
+        raise ConfigError("--lengths: kernels are counted at one; leave it out for 16384")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ConfigError("TRITON_INTERPRET: 1 leaves nothing to compile; unset it")
+    _check_sizes(modes, lengths, blocks)
+    _make_folder(arguments.output_dir)
+    from sparse_llama.attention.triton_compile import compile_report
+    from sparse_llama.benchmark.kernels import (
+        COMPILED_HEADER,
+        USE_HEADER,
+        compiled_row,
+        count_use,
+        save_kernels,
+        use_row,
+    )
+    from sparse_llama.benchmark.provenance import provenance
+    from sparse_llama.reporting.tables import show_columns
+
+    origin = provenance(_SCRIPT, sys.argv[1:])
+    print("compiling for sm_80 and sm_90 ...", flush=True)
+    compiled = list(compile_report(blocks=blocks))
+    show_columns("compiled", COMPILED_HEADER, map(compiled_row, compiled), _console())
+    used = list(count_use(modes, num_tokens=lengths[0], blocks=blocks))
+    show_columns(f"utilisation, {lengths[0]:,} tokens", USE_HEADER, map(use_row, used), _console())
+    _tell_files(save_kernels(arguments.output_dir, compiled, used, origin))
 
 
 def _attention(
