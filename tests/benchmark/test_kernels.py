@@ -55,8 +55,8 @@ def test_a_tile_computes_at_least_what_attends():
 )
 def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, arguments, message):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    flags = cli.benchmark_parser("doc")
     with pytest.raises(SystemExit) as stopped:
-        flags = cli.benchmark_parser("doc")
         cli.main(cli.benchmark, flags, ["kernels", "--output_dir", str(tmp_path), *arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"error: {message}\n"
