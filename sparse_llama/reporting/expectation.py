@@ -8,8 +8,8 @@ kernels are taken to achieve. It knows no communication, no optimizer and no dat
 from dataclasses import dataclass
 
 CPU_EFFICIENCY = (0.64, 0.86)
-"""Of the CPU kernels at blocks of 64 and from 4,096 tokens up, forward + backward, fp32: the least and the most
-of any mode in docs/results/attention_cpu.md and docs/results/modes/attention_cpu.md."""
+"""Of the CPU kernels at blocks of 64 and from 4,096 tokens up, forward + backward, fp32: the least and the
+most of any mode in docs/results/attention_cpu.md and docs/results/modes/attention_cpu.md."""
 
 # LLaMA-7B: 32 layers, 32 heads of 128, an MLP of 11,008, 32,000 tokens of vocabulary.
 _LINEAR_FLOP = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000)  # a token, forward: 13.2 GFLOP
