@@ -1,5 +1,6 @@
 """Every core against the definition in fp64: outputs and gradients, every mode, packed and ragged."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,10 +72,12 @@ def reference(layout: Layout | None, rows: torch.Tensor) -> AttentionCore:
     return ReferenceCore(layout, find_documents(rows, 2), SCALING)
 
 
-def draw(num_kv_heads: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def draw(
+    num_kv_heads: int, dtype: torch.dtype = torch.float64, num_tokens: int = TOKENS
+) -> list[torch.Tensor]:
     """Return query, key, value and the output's gradient."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, heads, TOKENS, 8) for heads in (4, num_kv_heads, num_kv_heads, 4)]
+    shapes = [(2, heads, num_tokens, 8) for heads in (4, num_kv_heads, num_kv_heads, 4)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
@@ -100,6 +103,27 @@ def test_a_core_is_the_definition(make_core: Any, rows: str, num_kv_heads: int, 
         )
     *inputs, grad = draw(num_kv_heads)
     core = make_core(layout, positions)
+    found = run(lambda q, k, v: CoreAttention.apply(core, q, k, v), inputs, grad)
+    expected = run(lambda q, k, v: attend(q, k, v, table, SCALING), inputs, grad)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert relative_error(actual, wanted) < 1e-13
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("full", "dense")])
+def test_blockwise_is_the_definition_in_larger_blocks(mode: str, block: int, num_kv_heads: int):
+    """Ten blocks and a ragged one, of which a packed row makes documents of 5, 1 and what is left."""
+    num_tokens = 10 * block + 21
+    bounds = (0, 5 * block, 6 * block, num_tokens)
+    packed = torch.cat([torch.arange(last - first) for first, last in itertools.pairwise(bounds)])
+    positions = torch.stack([torch.arange(num_tokens), packed])
+    sparsity = parse_sparsity(MODES[mode] | {"block": block})  # type: ignore[operator]
+    layout = build_layout(sparsity, num_heads=4, num_blocks=14, seed=3)
+    table = batch_table(layout, 4, positions)
+    *inputs, grad = draw(num_kv_heads, num_tokens=num_tokens)
+    core = blockwise(layout, positions)
     found = run(lambda q, k, v: CoreAttention.apply(core, q, k, v), inputs, grad)
     expected = run(lambda q, k, v: attend(q, k, v, table, SCALING), inputs, grad)
     for actual, wanted in zip(found, expected, strict=True):

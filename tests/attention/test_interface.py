@@ -156,6 +156,19 @@ def test_layers_attend_by_layouts_of_their_own(tiny_llama):
         assert (uniform(input_ids=ids()).logits - mixed(input_ids=ids()).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("mode", [None, *SPARSE])
+def test_a_token_leaves_the_logits_before_it_to_the_bit(tiny_llama, mode):
+    model = attached(tiny_llama(), None if mode is None else parse_sparsity(SPARSE[mode]))
+    tokens = ids()
+    before = model(input_ids=tokens).logits
+    for place in (1, 17, 32, LENGTH - 1):
+        other = tokens.clone()
+        other[:, place] = (other[:, place] + 1) % 61
+        after = model(input_ids=other).logits
+        assert torch.equal(after[:, :place], before[:, :place])
+        assert not torch.equal(after[:, place], before[:, place])
+
+
 def test_a_step_of_decoding_reads_only_the_keys_that_its_row_sees(tiny_llama):
     """Everything else in the cache is NaN: one read of it would show."""
     window = parse_sparsity(SPARSE["bslongformer"])
