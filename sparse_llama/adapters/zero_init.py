@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparse_llama.attention.core import statistics_dtype
 from sparse_llama.attention.interface import AttentionCore, attention_core
 
 ATTENTION_NAME = "zero_init"
@@ -135,7 +136,7 @@ class _PromptedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, total, lse, prompt_key, prompt_value, gate = ctx.saved_tensors
-        statistics = _statistics_dtype(query.dtype)
+        statistics = statistics_dtype(query.dtype)
         num_kv_heads = prompt_key.shape[0]
         probability = _probability(query, prompt_key, ctx.scaling)  # (B, K, G, T, P)
         output = total - _prompt_output(probability, prompt_value, gate, query.dtype)
@@ -160,11 +161,6 @@ class _PromptedAttention(torch.autograd.Function):
         return None, grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value, grad_gate, None
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of softmax statistics: fp32, or fp64 under fp64 inputs (gradient checks)."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _group(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Return (B, H, T, D) as (B, K, G, T, D): the G query heads that share a key/value head, side by side."""
     return tensor.unflatten(1, (num_kv_heads, -1))
@@ -173,7 +169,7 @@ def _group(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 def _probability(query: torch.Tensor, prompt_key: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return the (B, K, G, T, P) softmax over the prompt."""
     scores = torch.einsum("bkgtd,kpd->bkgtp", _group(query, prompt_key.shape[0]), prompt_key)
-    return (scores.to(_statistics_dtype(query.dtype)) * scaling).softmax(-1)
+    return (scores.to(statistics_dtype(query.dtype)) * scaling).softmax(-1)
 
 
 def _prompt_output(

@@ -1,6 +1,6 @@
 """Which token sees which, as dense bool tables: the layout, causality and documents in one place.
 
-Quadratic in the tokens: for the reference, for the few rows of a decoding step, and for tests.
+Quadratic in the tokens: for the reference, and for the few rows that a benchmark checks.
 """
 
 import torch
