@@ -1,8 +1,8 @@
 """Adapters onto a LLaMA: what is added where, what trains, and under which names.
 
-Nothing is found by its name: prompts, scales and norms are recognised by their module's type, so a base with
-    biases or a
-module called ``norm_something`` trains nothing by accident.
+Nothing is found by its name: layers, scales and norms are recognised by their module's type, so a base with
+biases or a module called ``norm_something`` trains nothing by accident. Modules are wrapped once, over the
+base's own parameters; whose prompts, scales, biases and norms they hold is the bank's business.
 """
 
 import hashlib
@@ -11,48 +11,55 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from sparse_llama.adapters.bank import DEFAULT, AdapterBank, NamedAdapter, bank_of
+from sparse_llama.adapters.mlp import AdaptedMLP
+from sparse_llama.adapters.norm import AdaptedRMSNorm
 from sparse_llama.adapters.scale_bias import ScaleBiasLinear
 from sparse_llama.adapters.zero_init import ATTENTION_NAME, ZeroInitAttention, register_zero_init_attention
+from sparse_llama.attention.interface import AttentionPlan, attach_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
 
+_ROTATED = ("q_proj", "k_proj")  # attention keeps their outputs rotated
 
-def attach_adapters(model: LlamaForCausalLM, settings: AdapterSettings, *, seed: int = 42) -> None:
-    """Add v1's prompts and gates, v2's scales and biases too, to ``model`` and freeze everything else.
 
-    The adapted model computes what the base computes, to the bit, until it is trained. ``attach_attention``
-    comes first.
+def attach_adapters(
+    model: LlamaForCausalLM,
+    settings: AdapterSettings,
+    *,
+    seed: int = 42,
+    name: str = DEFAULT,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Add an adapter to ``model``, make it the active one, and freeze everything else.
+
+    The adapted model computes what the base computes, to the bit, until it is trained. A model that attends
+    by no plan yet (``attach_attention``) attends fully.
 
     Args:
         seed: of the prompts, drawn in fp32 on the CPU from a generator per layer and then cast, so that they
             are the same on every rank, device and ZeRO stage.
+        name: to tell several adapters of one base apart; one of the same name is replaced.
+        dtype: of the adapter's parameters. In bf16 a scale near 1 cannot move by lr x gradient, so whoever
+            trains it in bf16 has to keep fp32 masters, as DeepSpeed does.
 
     Raises:
-        ConfigError: no layer is left to adapt.
+        ConfigError: no layer is left to adapt, or more are asked for than there are.
     """
-    layers = model.model.layers
-    if settings.start_layer >= len(layers):
-        raise ConfigError(
-            f"sparse_llama.adapter.start_layer: {settings.start_layer} leaves no layer to adapt, the model "
-            "has "
-            f"{len(layers)} (0 to {len(layers) - 1}); use at most {len(layers) - 1}"
-        )
-    assert not any(isinstance(module, ZeroInitAttention) for module in model.modules()), (
-        "adapters are attached already"
-    )
-    model.requires_grad_(False)
-    if settings.version == "v2":
-        _scale_every_linear(model)
-        for module in model.modules():
-            if isinstance(module, LlamaRMSNorm):
-                module.weight.requires_grad_(True)
-    for index in range(settings.start_layer, len(layers)):
-        attention: Any = layers[index].self_attn
-        prompt = _draw_prompt(settings.prompt_length, model.config.hidden_size, seed=seed, layer=index)
-        weight = attention.k_proj.weight
-        attention.zero_init = ZeroInitAttention(prompt.to(weight), num_heads=model.config.num_attention_heads)
+    _check_layers(settings, len(model.model.layers))
+    plan = getattr(model.model.layers[0].self_attn, "attention_plan", None)
+    if plan is None:
+        plan = AttentionPlan((None,) * len(model.model.layers))
+        attach_attention(model, plan)
+    bank = bank_of(model)
+    if bank is None:
+        model.requires_grad_(False)
+        bank = AdapterBank(model, plan)
+    _wrap(model, settings)
+    parameters = _new_parameters(model, settings, bank, seed=seed, dtype=dtype)
+    bank.add(model, name, NamedAdapter(settings, parameters, plan, seed))
     register_zero_init_attention()
     model.set_attn_implementation(ATTENTION_NAME)
 
@@ -105,11 +112,92 @@ def first_trained_layer(model: LlamaForCausalLM) -> int:
     return next(trained, len(layers))
 
 
-def _scale_every_linear(model: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, ScaleBiasLinear(child))
+def _check_layers(settings: AdapterSettings, num_layers: int) -> None:
+    if settings.top_layers is not None and settings.top_layers > num_layers:
+        raise ConfigError(
+            f"sparse_llama.adapter.top_layers: {settings.top_layers} of a model with {num_layers} layers; use "
+            f"at most {num_layers}"
+        )
+    if not settings.prompt_layers(num_layers):
+        raise ConfigError(
+            f"sparse_llama.adapter.start_layer: {settings.prompt_layers(num_layers).start} leaves no layer to "
+            f"adapt, the model has {num_layers} (0 to {num_layers - 1}); use at most {num_layers - 1}"
+        )
+
+
+def _wrap(model: LlamaForCausalLM, settings: AdapterSettings) -> None:
+    """Put our modules, over the base's own parameters, where the adapter has a part and there are none yet."""
+    layers: Any = model.model.layers
+    for index in settings.adapted_layers(len(layers)):
+        _wrap_parts(layers[index], settings)
+    if settings.trains_norms and type(model.model.norm) is LlamaRMSNorm:
+        model.model.norm = AdaptedRMSNorm(model.model.norm)
+    if "lm_head" in settings.scaled | settings.biased and type(model.lm_head) is nn.Linear:
+        model.lm_head = ScaleBiasLinear(model.lm_head, is_rotated=True)
+    for index in settings.prompt_layers(len(layers)):
+        attention = layers[index].self_attn
+        if not hasattr(attention, "zero_init"):
+            attention.zero_init = ZeroInitAttention(model.config.num_attention_heads)
+
+
+def _wrap_parts(module: nn.Module, settings: AdapterSettings) -> None:
+    for name, child in list(module.named_children()):
+        wrapped = child
+        if type(child) is LlamaMLP and settings.scaled:
+            wrapped = AdaptedMLP(child)
+        elif type(child) is LlamaRMSNorm and settings.trains_norms:
+            wrapped = AdaptedRMSNorm(child)
+        elif type(child) is nn.Linear and name in settings.scaled | settings.biased:
+            wrapped = ScaleBiasLinear(child, is_rotated=name in _ROTATED)
+        if wrapped is not child:
+            setattr(module, name, wrapped)
+        _wrap_parts(wrapped, settings)
+
+
+def _new_parameters(
+    model: LlamaForCausalLM,
+    settings: AdapterSettings,
+    bank: AdapterBank,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters at their start, by their names in the model and in its order."""
+    num_layers = len(model.model.layers)
+    adapted = {f"model.layers.{index}." for index in settings.adapted_layers(num_layers)}
+    prompted = {f"model.layers.{index}." for index in settings.prompt_layers(num_layers)}
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        layer = path[: path.find(".", len("model.layers.")) + 1] if path.startswith("model.layers.") else None
+        if isinstance(module, ZeroInitAttention) and layer in prompted:
+            found |= _new_prompt(path, model, settings, seed=seed, dtype=dtype)
+        if layer is not None and layer not in adapted:
+            continue
+        if isinstance(module, AdaptedRMSNorm) and settings.trains_norms:
+            found[f"{path}.weight"] = bank.new_norm(f"{path}.weight", module, dtype)
+        elif isinstance(module, ScaleBiasLinear):
+            kind = path.rpartition(".")[2]
+            parts = module.new_parameters(kind in settings.scaled, kind in settings.biased)
+            found |= {f"{path}.{part}": _cast(parameter, dtype) for part, parameter in parts.items()}
+    return found
+
+
+def _new_prompt(
+    path: str, model: LlamaForCausalLM, settings: AdapterSettings, *, seed: int, dtype: torch.dtype
+) -> dict[str, nn.Parameter]:
+    attention: Any = model.get_submodule(path.rpartition(".")[0])
+    width = model.config.hidden_size
+    prompt = _draw_prompt(settings.prompt_length, width, seed=seed, layer=attention.layer_idx)
+    num_gates = model.config.num_attention_heads if settings.gate == "per_head" else 1
+    device = attention.k_proj.weight.device
+    return {
+        f"{path}.prompt": nn.Parameter(prompt.to(device, dtype)),
+        f"{path}.gate": nn.Parameter(torch.zeros(num_gates, dtype=dtype, device=device)),
+    }
+
+
+def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    return parameter if parameter.dtype == dtype else nn.Parameter(parameter.detach().to(dtype))
 
 
 def _draw_prompt(num_tokens: int, width: int, *, seed: int, layer: int) -> torch.Tensor:

@@ -19,14 +19,27 @@ class ScaleBiasLinear(nn.Linear):
     in a state dict do not change.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, *, is_rotated: bool = False) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and initialise a second weight
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.adapter_scale = nn.Parameter(torch.ones(base.out_features, **like))
-        self.adapter_bias = nn.Parameter(torch.zeros(base.out_features, **like))
+        self.register_parameter("adapter_scale", None)
+        self.register_parameter("adapter_bias", None)
+
+    def new_parameters(self, scale: bool, bias: bool) -> dict[str, nn.Parameter]:
+        like = {"dtype": self.weight.dtype, "device": self.weight.device}
+        found = {}
+        if scale:
+            found["adapter_scale"] = nn.Parameter(torch.ones(self.out_features, **like))
+        if bias:
+            found["adapter_bias"] = nn.Parameter(torch.zeros(self.out_features, **like))
+        return found
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the scaled and shifted projection; equal to the base's to the bit at scale 1 and bias 0."""
-        return (F.linear(input, self.weight, self.bias) + self.adapter_bias) * self.adapter_scale
+        output = F.linear(input, self.weight, self.bias)
+        if self.adapter_bias is not None:
+            output = output + self.adapter_bias.to(output.dtype)
+        if self.adapter_scale is not None:
+            output = output * self.adapter_scale.to(output.dtype)
+        return output

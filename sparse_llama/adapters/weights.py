@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparse_llama.adapters.attach import trainable_parameters
+from sparse_llama.adapters.bank import DEFAULT, bank_of
 from sparse_llama.config.layers import Layers, LayerSparsities, LayoutOfLayers, layer_sparsities
 from sparse_llama.config.section import FrozenList, Section
 from sparse_llama.config.settings import AdapterSettings
@@ -89,13 +89,17 @@ def load_adapter(folder: Path) -> tuple[AdapterFile, dict[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def apply_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], *, source: str = "the adapter") -> None:
-    """Copy ``tensors`` into what trains in ``model``; names and shapes must agree both ways.
+def apply_adapter(
+    model: nn.Module, tensors: dict[str, torch.Tensor], *, name: str = DEFAULT, source: str = "the adapter"
+) -> None:
+    """Copy ``tensors`` into an adapter of ``model``; names and shapes must agree both ways.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape; nothing has been copied then.
     """
-    parameters = dict(trainable_parameters(model))
+    bank = bank_of(model)
+    assert bank is not None, "attach_adapters comes first"
+    parameters = bank.adapters[name].parameters
     missing, unexpected = (
         sorted(parameters.keys() - tensors.keys()),
         sorted(tensors.keys() - parameters.keys()),
@@ -110,15 +114,14 @@ def apply_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], *, source:
             f"{source}: {' and '.join(found)} of {len(parameters)} tensors; "
             "it was trained with other adapter settings or on another base"
         )
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
+    for path, parameter in parameters.items():
+        if tensors[path].shape != parameter.shape:
             raise CheckpointError(
-                f"{source}: {name} has shape {list(tensors[name].shape)}, this base needs "
-                f"{list(parameter.shape)}; "
-                "it was trained on another base"
+                f"{source}: {path} has shape {list(tensors[path].shape)}, this base needs "
+                f"{list(parameter.shape)}; it was trained on another base"
             )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    for path, parameter in parameters.items():
+        parameter.copy_(tensors[path])
 
 
 def _read_config(path: Path) -> AdapterFile:

@@ -3,18 +3,17 @@
 Per adapted layer a prompt of P tokens and one gate per query head. With K_p, V_p = the layer's own key and
 value projections of the prompt, neither normalised nor rotated,
 
-    y_h = core_h(q, k, v) + gate_h * softmax(q_h K_p^T * scale) V_p        (two separate softmaxes, every
-    query sees P)
+    y_h = core_h(q, k, v) + g_h * softmax(q_h K_p^T * scale) V_p        (two softmaxes, every query sees P)
 
-Departures from the paper: its one softmax over prompt and tokens with rescaled halves is these two softmaxes,
-    and its
-tanh around the gate is left out, as in lit-llama (``lit_llama/adapter.py``, 2a464de, lines 151-167).
+The paper's one softmax over prompt and tokens with rescaled halves is these two. Its g_h = tanh(gate_h) is an
+option; the default, g_h = gate_h, is lit-llama's (``lit_llama/adapter.py``, 2a464de, lines 151-167). So is one
+gate for all heads of a layer, as in PEFT's ``adaption_prompt``.
 
 ``B`` batch, ``T`` tokens, ``C`` model width, ``H`` query heads, ``K`` key/value heads, ``D`` head width,
 ``P`` prompt tokens.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparse_llama.attention.core import statistics_dtype
+from sparse_llama.attention.core import attend, statistics_dtype
 from sparse_llama.attention.interface import AttentionCore, attention_core
 
 ATTENTION_NAME = "zero_init"
@@ -38,10 +37,17 @@ class ZeroInitAttention(nn.Module):
     leaves this module.
     """
 
-    def __init__(self, prompt: torch.Tensor, num_heads: int) -> None:
+    prompt: nn.Parameter | None  # (P, C)
+    gate: nn.Parameter | None  # (H,), (1,) for all heads, or (segments, H)
+
+    def __init__(self, num_heads: int) -> None:
         super().__init__()
-        self.prompt = nn.Parameter(prompt)  # (P, C)
-        self.gate = nn.Parameter(torch.zeros(num_heads, dtype=prompt.dtype, device=prompt.device))  # (H,)
+        self.num_heads = num_heads
+        self.register_parameter("prompt", None)
+        self.register_parameter("gate", None)
+        self.gate_activation: Literal["none", "tanh"] = "none"
+        self.segments: tuple[int, ...] = ()
+        """Of a mixture: the lengths of the prompts, each of which has a softmax and a row of gates."""
 
     def forward(
         self,
@@ -60,14 +66,34 @@ class ZeroInitAttention(nn.Module):
                 tensors.
         """
         core = attention_core(attention, query, key, position_ids, scaling)
-        prompt_key, prompt_value = self.prompt_keys_values(attention)
-        return _PromptedAttention.apply(core, query, key, value, prompt_key, prompt_value, self.gate, scaling)
+        if self.prompt is None:
+            return attend(core, query, key, value)
+        keys, values = self.prompt_keys_values(attention)
+        gates = self.gates()
+        if self.segments:
+            output, _ = core.forward(query, key, value)
+            lengths = self.segments
+            for one_key, one_value, gate in zip(
+                keys.split(lengths, 1), values.split(lengths, 1), gates, strict=True
+            ):
+                probability = _probability(query, one_key, scaling)
+                output = output + _prompt_output(probability, one_value, gate, query.dtype)
+            return output
+        return _PromptedAttention.apply(core, query, key, value, keys, values, gates, scaling)
+
+    def gates(self) -> torch.Tensor:
+        """Return what multiplies each head's prompt attention, (H,), or (segments, H)."""
+        assert self.gate is not None
+        gate = self.gate.tanh() if self.gate_activation == "tanh" else self.gate
+        return gate.expand(*gate.shape[:-1], self.num_heads)
 
     def prompt_keys_values(self, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K_p and V_p, each (K, P, D), made anew: a cache would cut the prompt off from its
         gradient."""
-        head_dim: int = attention.head_dim  # type: ignore[assignment]
-        keys, values = attention.k_proj(self.prompt), attention.v_proj(self.prompt)  # type: ignore[operator]
+        assert self.prompt is not None
+        layer: Any = attention
+        prompt, head_dim = self.prompt.to(layer.k_proj.weight.dtype), layer.head_dim
+        keys, values = layer.k_proj(prompt), layer.v_proj(prompt)
         return (
             keys.view(keys.shape[0], -1, head_dim).transpose(0, 1),
             values.view(values.shape[0], -1, head_dim).transpose(0, 1),

@@ -80,8 +80,8 @@ class MasterLayout:
     """
 
     def __init__(self, sparsity: Sparsity, *, num_heads: int, num_tokens: int, seed: int) -> None:
-        self.sparsity = sparsity
-        self._num_heads, self._seed = num_heads, seed
+        self.sparsity, self.num_tokens, self.seed = sparsity, num_tokens, seed
+        self._num_heads = num_heads
         self._num_blocks = -(-num_tokens // sparsity.block)
         self.can_grow = extends(sparsity, self._num_blocks)
         self.layout = self._build(self._num_blocks)
@@ -100,4 +100,4 @@ class MasterLayout:
         return self.layout
 
     def _build(self, num_blocks: int) -> Layout:
-        return build_layout(self.sparsity, self._num_heads, num_blocks, self._seed)
+        return build_layout(self.sparsity, self._num_heads, num_blocks, self.seed)

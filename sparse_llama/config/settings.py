@@ -1,13 +1,13 @@
 """The ``sparse_llama`` block: what a run needs and DeepSpeed has no word for."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from sparse_llama.config.bundled import DATASETS, MODELS
 from sparse_llama.config.layers import Layers, LayoutOfLayers
-from sparse_llama.config.section import FrozenList, Section, show, suggest
+from sparse_llama.config.section import FrozenList, Section, either, show, suggest
 
 
 def check_model(name: str) -> str:
@@ -78,8 +78,16 @@ class DataSettings(Section):
     """Training records to use at most; null is all."""
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+_Projections = Annotated[
+    bool | Annotated[tuple[Projection, ...], FrozenList] | None,
+    either(f"true, false, or a list of {', '.join(PROJECTIONS)}"),
+]
+
+
 class AdapterSettings(Section):
-    """What is trained."""
+    """What is trained. The four parts of v2 can be taken out one by one; null is what the version has."""
 
     version: Literal["v1", "v2"] = "v2"
     """v1: gated attention over a learned prompt. v2: also norms, and a scale and a bias on every linear
@@ -88,8 +96,84 @@ class AdapterSettings(Section):
     prompt_length: int = Field(default=10, ge=1)
     """Prompt tokens per adapted layer."""
 
-    start_layer: int = Field(default=2, ge=0)
-    """The first layer with a prompt; the default leaves layers 0 and 1 alone."""
+    start_layer: int | None = Field(default=None, ge=0)
+    """The first layer with a prompt; null is 2, or what ``top_layers`` says. v2's other parts are in every
+    layer."""
+
+    top_layers: int | None = Field(default=None, ge=1)
+    """Adapt the last so many layers only, with all that the version has: nothing below them needs a backward
+    pass."""
+
+    gate: Literal["per_head", "scalar"] = "per_head"
+    """One gate per query head, or one per layer."""
+
+    gate_activation: Literal["none", "tanh"] = "none"
+    """What a gate goes through before it multiplies."""
+
+    scale: _Projections = None
+    """Linear layers whose outputs are scaled."""
+
+    bias: _Projections = None
+    """Linear layers whose outputs get a bias before they are scaled."""
+
+    norm: bool | None = None
+    """Whether the norms train."""
+
+    lm_head: Annotated[bool | Literal["scale", "bias"] | None, either('true, false, "scale" or "bias"')] = (
+        None
+    )
+    """Whether the head has what other linear layers have, or only one of the two; null is true in v2."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.start_layer is not None and self.top_layers is not None:
+            raise ValueError(
+                f"start_layer ({self.start_layer}) and top_layers ({self.top_layers}) are both given; keep one "
+                "of them"
+            )
+        if self.version == "v1":
+            for name in ("scale", "bias", "norm", "lm_head"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} is {show(getattr(self, name))}, but version v1 has prompts and gates only; use "
+                        "version v2 or leave it out"
+                    )
+        return self
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether the norms train: those of the adapted layers and the last one."""
+        return self.version == "v2" and self.norm is not False
+
+    @property
+    def scaled(self) -> frozenset[str]:
+        """The linear layers with a scale, by the last part of their names; ``lm_head`` is one."""
+        return self._with(self.scale, "scale")
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """The linear layers with a bias of the adapter's."""
+        return self._with(self.bias, "bias")
+
+    def prompt_layers(self, num_layers: int) -> range:
+        """Return the layers with a prompt, in a model of ``num_layers``; empty where none is left."""
+        if self.top_layers is not None:
+            return range(max(num_layers - self.top_layers, 0), num_layers)
+        return range(2 if self.start_layer is None else self.start_layer, num_layers)
+
+    def adapted_layers(self, num_layers: int) -> range:
+        """Return the layers with any part of the adapter."""
+        if self.version == "v1" or self.top_layers is not None:
+            return self.prompt_layers(num_layers)
+        return range(num_layers)
+
+    def _with(self, chosen: bool | tuple[Projection, ...] | None, part: str) -> frozenset[str]:
+        if self.version == "v1":
+            return frozenset()
+        names: set[str] = set(PROJECTIONS if chosen is None or chosen is True else chosen or ())
+        if self.lm_head == part or (self.lm_head in (None, True) and names):
+            names.add("lm_head")
+        return frozenset(names)
 
 
 class AttentionSettings(Section):

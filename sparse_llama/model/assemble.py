@@ -82,7 +82,7 @@ def assemble(
         backend=settings.attention.backend,
     )
     attach_attention(loaded.model, plan)
-    attach_adapters(loaded.model, settings.adapter, seed=settings.seed)
+    attach_adapters(loaded.model, settings.adapter, seed=settings.seed, dtype=dtype)
     checkpoint_layers(loaded.model, checkpointing, first_trained_layer(loaded.model))
     return Assembled(loaded.model, plan, loaded.folder, loaded.notices)
 

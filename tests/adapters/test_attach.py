@@ -12,7 +12,6 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
-from sparse_llama.attention.interface import AttentionPlan, attach_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
 
@@ -101,11 +100,9 @@ def test_prompts_depend_on_the_seed_and_the_layer_and_on_nothing_else(tiny_llama
         seed: int, start_layer: int = 2, dtype: torch.dtype = torch.float32
     ) -> dict[str, torch.Tensor]:
         model = tiny_llama().to(dtype)
-        attach_attention(model, AttentionPlan((None,) * model.config.num_hidden_layers))
         torch.manual_seed(start_layer)  # the global generator has no say
-        attach_adapters(
-            model, AdapterSettings(version="v1", prompt_length=3, start_layer=start_layer), seed=seed
-        )
+        settings = AdapterSettings(version="v1", prompt_length=3, start_layer=start_layer)
+        attach_adapters(model, settings, seed=seed, dtype=dtype)
         return {name: tensor for name, tensor in trainable_state(model).items() if name.endswith("prompt")}
 
     first, third = (f"model.layers.{layer}.self_attn.zero_init.prompt" for layer in (2, 3))

@@ -14,8 +14,8 @@ from sparse_llama.adapters.scale_bias import ScaleBiasLinear
 def test_the_folded_layer_computes_what_the_scaled_one_does(has_bias, dtype):
     torch.manual_seed(0)
     layer = ScaleBiasLinear(nn.Linear(24, 16, bias=has_bias, dtype=dtype))
-    layer.adapter_scale.data = torch.randn(16).to(dtype)
-    layer.adapter_bias.data = torch.randn(16).to(dtype)
+    layer.adapter_scale = nn.Parameter(torch.randn(16).to(dtype))
+    layer.adapter_bias = nn.Parameter(torch.randn(16).to(dtype))
     x = torch.randn(5, 24)
     weight = fold_weight(layer.weight, layer.adapter_scale)
     bias = fold_bias(layer.bias, layer.adapter_scale, layer.adapter_bias)

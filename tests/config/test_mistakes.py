@@ -101,6 +101,23 @@ WRONG: list[tuple[str, Any, str]] = [
     ("sparse_llama.seq_length", 1, "must be >= 2, got 1"),
     ("sparse_llama.seed", -1, "must be >= 0, got -1"),
     ("sparse_llama.adapter.version", "v3", "must be 'v1' or 'v2', got \"v3\""),
+    (
+        "sparse_llama.adapter.bias",
+        ["q"],
+        "must be true, false, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, got "
+        '["q"]',
+    ),
+    ("sparse_llama.adapter.lm_head", "all", 'must be true, false, "scale" or "bias", got "all"'),
+    (
+        "sparse_llama.adapter",
+        {"start_layer": 2, "top_layers": 4},
+        "start_layer (2) and top_layers (4) are both given; keep one of them",
+    ),
+    (
+        "sparse_llama.adapter",
+        {"version": "v1", "scale": True},
+        "scale is true, but version v1 has prompts and gates only; use version v2 or leave it out",
+    ),
     ("sparse_llama.model.path", " ", 'must be a hub id, a path or bundled:tiny-llama, got " "'),
     ("sparse_llama.model.path", "a\0b", 'must be a hub id, a path or bundled:tiny-llama, got "a\\u0000b"'),
     (
