@@ -37,10 +37,14 @@ def adapt(
     attach_attention(model, plan)
     settings = AdapterSettings(version=version, prompt_length=prompt_length, start_layer=start_layer)  # type: ignore[arg-type]
     attach_adapters(model, settings, seed=1)
-    if is_trained:
-        generator = torch.Generator().manual_seed(3)
-        for _, parameter in trainable_parameters(model):
-            parameter.data += noise * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return shake(model, noise) if is_trained else model
+
+
+def shake(model: LlamaForCausalLM, noise: float = 0.4) -> LlamaForCausalLM:
+    """Move every trainable tensor of ``model`` away from its value, and return it."""
+    generator = torch.Generator().manual_seed(3)
+    for _, parameter in trainable_parameters(model):
+        parameter.data += noise * torch.randn(parameter.shape, generator=generator).to(parameter)
     return model
 
 

@@ -32,6 +32,7 @@ def attach_adapters(
     seed: int = 42,
     name: str = DEFAULT,
     dtype: torch.dtype = torch.float32,
+    plan: AttentionPlan | None = None,
 ) -> None:
     """Add an adapter to ``model``, make it the active one, and freeze everything else.
 
@@ -44,22 +45,23 @@ def attach_adapters(
         name: to tell several adapters of one base apart; one of the same name is replaced.
         dtype: of the adapter's parameters. In bf16 a scale near 1 cannot move by lr x gradient, so whoever
             trains it in bf16 has to keep fp32 masters, as DeepSpeed does.
+        plan: how the model attends while this adapter is active; None is as it does now.
 
     Raises:
         ConfigError: no layer is left to adapt, or more are asked for than there are.
     """
     _check_layers(settings, len(model.model.layers))
-    plan = getattr(model.model.layers[0].self_attn, "attention_plan", None)
-    if plan is None:
-        plan = AttentionPlan((None,) * len(model.model.layers))
-        attach_attention(model, plan)
+    present = getattr(model.model.layers[0].self_attn, "attention_plan", None)
+    if present is None:
+        present = AttentionPlan((None,) * len(model.model.layers))
+        attach_attention(model, present)
     bank = bank_of(model)
     if bank is None:
         model.requires_grad_(False)
-        bank = AdapterBank(model, plan)
+        bank = AdapterBank(model, present)
     _wrap(model, settings)
     parameters = _new_parameters(model, settings, bank, seed=seed, dtype=dtype)
-    bank.add(model, name, NamedAdapter(settings, parameters, plan, seed))
+    bank.add(model, name, NamedAdapter(settings, parameters, plan or bank.base_plan, seed))
     register_zero_init_attention()
     model.set_attn_implementation(ATTENTION_NAME)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from sparse_llama.adapters.zero_init import ZeroInitAttention
+from sparse_llama.adapters.zero_init import GateActivation, ZeroInitAttention
 from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
@@ -41,7 +41,7 @@ class AdapterBank:
         self.adapters: dict[str, NamedAdapter] = {}
         self.active: dict[str, float] = {}
         """The weight of each adapter that computes."""
-        self._plan = plan
+        self.base_plan = plan
         self._norms: dict[str, nn.Parameter] = {}
         vars(model)[_ATTRIBUTE] = self  # not setattr: it is no module, parameter or buffer
 
@@ -61,6 +61,12 @@ class AdapterBank:
         self.adapters[name] = adapter
         self.activate(model, {name: 1.0})
 
+    def remove(self, model: LlamaForCausalLM, name: str) -> None:
+        """Forget an adapter; where it was active, none is."""
+        if name in self.active:
+            self.activate(model, {})
+        del self.adapters[name]
+
     def activate(self, model: LlamaForCausalLM, weights: Mapping[str, float]) -> None:
         """Install the adapters in ``weights``: one as it is, several or a share of one as their mixture."""
         self.active = dict(weights)
@@ -71,7 +77,7 @@ class AdapterBank:
         else:
             parameters, segments = self._mix(model, weights)
             self._install(model, parameters, "none", segments)
-        plan = self.adapters[next(iter(weights))].plan if weights else self._plan
+        plan = self.adapters[next(iter(weights))].plan if weights else self.base_plan
         for layer in model.model.layers:
             attention: Any = layer.self_attn
             attention.attention_plan = plan
@@ -80,7 +86,7 @@ class AdapterBank:
         self,
         model: LlamaForCausalLM,
         parameters: Mapping[str, nn.Parameter],
-        gate_activation: str,
+        gate_activation: GateActivation,
         segments: Mapping[str, tuple[int, ...]],
     ) -> None:
         paths = dict.fromkeys(path for adapter in self.adapters.values() for path in adapter.parameters)
@@ -145,7 +151,7 @@ def set_adapter(model: LlamaForCausalLM, chosen: str | Mapping[str, float]) -> N
     Raises:
         ConfigError: there is no such adapter, or those to be mixed were trained with different layouts.
     """
-    bank = _require_bank(model)
+    bank = require_bank(model)
     weights = {chosen: 1.0} if isinstance(chosen, str) else {name: float(w) for name, w in chosen.items()}
     for name in weights:
         if name not in bank.adapters:
@@ -167,7 +173,7 @@ def disable_adapters(model: LlamaForCausalLM) -> Iterator[None]:
     Raises:
         ConfigError: the model has no adapter.
     """
-    bank = _require_bank(model)
+    bank = require_bank(model)
     active = bank.active
     bank.activate(model, {})
     try:
@@ -176,12 +182,25 @@ def disable_adapters(model: LlamaForCausalLM) -> Iterator[None]:
         bank.activate(model, active)
 
 
+def delete_adapter(model: LlamaForCausalLM, name: str) -> None:
+    """Forget an adapter; where it was active, none is.
+
+    Raises:
+        ConfigError: there is no such adapter.
+    """
+    bank = require_bank(model)
+    if name not in bank.adapters:
+        raise ConfigError(f"delete_adapter: no adapter is called {name!r}; there are {_names(bank)}")
+    bank.remove(model, name)
+
+
 def active_adapters(model: LlamaForCausalLM) -> dict[str, float]:
     """Return the names and weights of the adapters that compute."""
-    return dict(_require_bank(model).active)
+    return dict(require_bank(model).active)
 
 
-def _require_bank(model: LlamaForCausalLM) -> AdapterBank:
+def require_bank(model: LlamaForCausalLM) -> AdapterBank:
+    """Return the adapters of ``model``, or raise ConfigError where it has none that can be switched."""
     bank = bank_of(model)
     if bank is None:
         raise ConfigError("the model has no adapter; attach_adapters or load_adapter adds one")

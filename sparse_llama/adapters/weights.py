@@ -57,7 +57,7 @@ class AdapterFile(Section):
         return layer_sparsities(self.sparse_attention, self.layer_layouts, self.dense_layers)
 
 
-def save_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: AdapterFile) -> None:
+def write_adapter_folder(folder: Path, tensors: dict[str, torch.Tensor], config: AdapterFile) -> None:
     """Write ``tensors`` as fp32 and ``config`` into ``folder``, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     # clone: safetensors refuses tensors that share memory, as views of DeepSpeed's flat buffers do
@@ -67,19 +67,35 @@ def save_adapter(folder: Path, tensors: dict[str, torch.Tensor], config: Adapter
     _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def load_adapter(folder: Path) -> tuple[AdapterFile, dict[str, torch.Tensor]]:
-    """Return the configuration and the fp32 tensors of an adapter folder.
+def is_native(folder: Path) -> bool:
+    """Return whether ``folder`` holds, or should hold, an adapter of this project's own format."""
+    if not (folder / CONFIG_NAME).is_file():
+        return (folder / WEIGHTS_NAME).is_file()
+    try:
+        document = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # damaged: reading it says how
+    return not (isinstance(document, dict) and "peft_type" in document)
 
-    Raises:
-        CheckpointError: a file is missing, damaged, or of another program or version.
-    """
+
+def read_adapter_config(folder: Path) -> AdapterFile:
+    """Return the configuration of an adapter folder; raises as ``read_adapter_folder``."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder}: no {name}; an adapter folder holds {WEIGHTS_NAME} and {CONFIG_NAME}, such as "
                 "OUTPUT_DIR/adapter"
             )
-    config = _read_config(folder / CONFIG_NAME)
+    return _read_config(folder / CONFIG_NAME)
+
+
+def read_adapter_folder(folder: Path) -> tuple[AdapterFile, dict[str, torch.Tensor]]:
+    """Return the configuration and the fp32 tensors of an adapter folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another program or version.
+    """
+    config = read_adapter_config(folder)
     try:
         return config, load_file(folder / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
@@ -151,3 +167,6 @@ def _replace(path: Path, write: Any) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     write(unfinished)
     unfinished.replace(path)
+
+
+load_adapter, save_adapter = read_adapter_folder, write_adapter_folder

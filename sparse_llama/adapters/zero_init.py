@@ -26,6 +26,7 @@ from sparse_llama.attention.core import attend, statistics_dtype
 from sparse_llama.attention.interface import AttentionCore, attention_core
 
 ATTENTION_NAME = "zero_init"
+GateActivation = Literal["none", "tanh"]
 _CORE_NAME = "block_sparse"  # what layers without a prompt keep, and whose mask function serves both
 
 
@@ -45,7 +46,7 @@ class ZeroInitAttention(nn.Module):
         self.num_heads = num_heads
         self.register_parameter("prompt", None)
         self.register_parameter("gate", None)
-        self.gate_activation: Literal["none", "tanh"] = "none"
+        self.gate_activation: GateActivation = "none"
         self.segments: tuple[int, ...] = ()
         """Of a mixture: the lengths of the prompts, each of which has a softmax and a row of gates."""
 

@@ -18,6 +18,7 @@ from sparse_llama.attention.decoding import DecodingCore
 from sparse_llama.attention.dispatch import Backend, make_core
 from sparse_llama.attention.documents import Documents, find_documents, whole_rows
 from sparse_llama.attention.prepared import MasterLayout, prepare
+from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.sparsity import Sparsity
 from sparse_llama.errors import ConfigError
 from sparse_llama.layouts import Layout
@@ -41,6 +42,19 @@ class AttentionPlan:
     def masters(self) -> tuple[MasterLayout, ...]:
         """The distinct layouts."""
         return tuple(dict.fromkeys(layer for layer in self.layers if layer is not None))
+
+    def sparsities(self) -> LayerSparsities:
+        """Return the layouts as configuration, from which ``plan_attention`` makes this plan again."""
+        if len(set(self.layers)) == 1:
+            first = self.layers[0]
+            return LayerSparsities(None if first is None else first.sparsity)
+        return LayerSparsities(
+            None,
+            tuple(
+                (tuple(i for i, layer in enumerate(self.layers) if layer is master), master.sparsity)
+                for master in self.masters
+            ),
+        )
 
     def is_sparse_at(self, num_tokens: int) -> bool:
         """Return whether any layer leaves out a pair of tokens of a document of this length."""
@@ -137,13 +151,16 @@ def attend_by_plan(
 def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
     """Return no mask: documents come from ``position_ids``, causality and layout from the core.
 
+    Padding at the end of a row needs none either: no token before it sees it.
+
     Raises:
-        ConfigError: a mask that hides tokens. Left padding would shift a sequence against its layout.
+        ConfigError: a mask that hides tokens before others. Left padding would shift a sequence against its
+            layout.
     """
-    if attention_mask is not None and not bool(attention_mask.all()):
+    if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
         raise ConfigError(
-            "attention_mask: hides tokens, but sequences start at position 0 here and are told apart by "
-            "position_ids; batch prompts of equal length, or one at a time"
+            "attention_mask: hides tokens before others, but sequences start at position 0 here and are told "
+            "apart by position_ids; pad on the right, batch prompts of equal length, or one at a time"
         )
 
 

@@ -1,5 +1,7 @@
 """What trains, under which names, how much of it, and from which initial values."""
 
+from typing import Any
+
 import pytest
 import torch
 from adapted_models import adapt
@@ -12,6 +14,7 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
     trainable_state,
 )
+from sparse_llama.adapters.bank import disable_adapters
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
 
@@ -46,16 +49,75 @@ def test_exactly_the_adapters_train_and_nothing_whose_name_resembles_theirs(tiny
     assert names(adapt(tiny_llama(**base), "v2")) == v2_names()
 
 
-@pytest.mark.parametrize(("version", "count"), [("v1", 1_229_760), ("v2", 4_279_744)])
-def test_llama_7b_trains_as_many_parameters_as_lit_llamas(version, count):
+ORIGINAL_V2: dict[str, Any] = {
+    "scale": False,
+    "bias": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lm_head": False,
+    "start_layer": 1,
+    "gate_activation": "tanh",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"version": "v1"}, 1_229_760),  # lit-llama
+        ({"version": "v2"}, 4_279_744),  # lit-llama
+        ({"version": "v2", "lm_head": "scale"}, 4_247_744),  # all that folds into plain weights, and prompts
+        ({"version": "v1", "top_layers": 30, "gate": "scalar"}, 1_228_830),  # PEFT's adaption_prompt
+        # LLaMA-Adapter's multimodal7b: biases 1,097,728, norms 266,240, 31 prompts and gates
+        ({"version": "v2"} | ORIGINAL_V2, 1_097_728 + 266_240 + 31 * (40_960 + 32)),
+        ({"version": "v2", "scale": False, "bias": False, "norm": False}, 1_229_760),
+        # everything of the last two layers, the last norm and the head
+        ({"version": "v2", "top_layers": 2}, 2 * (40_960 + 32 + 2 * 42_496 + 8_192) + 4_096 + 64_000),
+    ],
+)
+def test_llama_7b_trains_as_many_parameters_as_the_reference(settings, count):
+    """notes of the field: lit-llama, PEFT and the original count what they train."""
     config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    adapt(model, version, prompt_length=10, is_trained=False)
+        attach_adapters(model, AdapterSettings.parse({"prompt_length": 10} | settings))
     assert sum(parameter.numel() for _, parameter in trainable_parameters(model)) == count
-    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) + (
-        266_240 if version == "v2" else 0
-    ) == (6_738_415_616)
+    with disable_adapters(model):
+        assert sum(parameter.numel() for parameter in model.parameters()) == 6_738_415_616
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        ({"scale": False}, {"prompt", "gate", "adapter_bias", "weight"}),
+        ({"bias": False, "norm": False}, {"prompt", "gate", "adapter_scale"}),
+        ({"scale": False, "bias": False}, {"prompt", "gate", "weight"}),
+        (
+            {"scale": ["v_proj"], "bias": False, "lm_head": False},
+            {"prompt", "gate", "adapter_scale", "weight"},
+        ),
+    ],
+)
+def test_the_parts_of_v2_can_be_left_out(tiny_llama, settings, ends):
+    model = tiny_llama()
+    attach_adapters(model, AdapterSettings.parse(settings))
+    assert {name.rpartition(".")[2] for name in names(model)} == ends
+    if settings.get("scale") == ["v_proj"]:
+        scaled = {name for name in names(model) if name.endswith("adapter_scale")}
+        assert scaled == {f"model.layers.{i}.self_attn.v_proj.adapter_scale" for i in range(4)}
+
+
+def test_nothing_below_the_top_layers_is_adapted(tiny_llama):
+    for version in ("v1", "v2"):
+        model = tiny_llama()
+        attach_adapters(model, AdapterSettings(version=version, top_layers=1))  # type: ignore[arg-type]
+        of_layers = {name for name in names(model) if name.startswith("model.layers.")}
+        assert of_layers == {
+            name for name in v1_names() | v2_names() if name.startswith("model.layers.3.")
+        } & (v1_names() if version == "v1" else v2_names())
+        assert first_trained_layer(model) == 3
+
+
+def test_more_layers_than_there_are_are_refused(tiny_llama):
+    with pytest.raises(ConfigError, match="top_layers: 5 of a model with 4 layers; use at most 4"):
+        attach_adapters(tiny_llama(), AdapterSettings(top_layers=5))
 
 
 def test_the_bases_names_in_a_state_dict_do_not_change(tiny_llama):

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from adapted_models import adapt, tokens
+from adapted_models import adapt, shake, tokens
 from oracles.adapter_formula import adapted_logits, token_loss
 from transformers import DynamicCache
 
-from sparse_llama.adapters.attach import trainable_parameters
+from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
 from sparse_llama.adapters.zero_init import _PromptedAttention
 from sparse_llama.attention.interface import attention_core
+from sparse_llama.config.settings import AdapterSettings
 
 # L2 error over L2 norm, fp32 against fp64: roundings of 2^-24 through 4 layers, whose softmaxes have scores
 # of up to 30
@@ -48,6 +49,46 @@ def test_logits_and_gradients_are_the_formulas(tiny_llama, version, base):
         expected_grad = weights[name].grad
         assert expected_grad.norm() > 1e-3, f"{name}: this test would not notice a wrong gradient"
         assert relative_error(parameter.grad, expected_grad) < ROUNDING, name
+
+
+VARIANTS = {
+    "one gate": {"version": "v1", "gate": "scalar"},
+    "tanh": {"version": "v1", "gate_activation": "tanh", "start_layer": 0},
+    "one gate, tanh": {"gate": "scalar", "gate_activation": "tanh", "scale": False, "top_layers": 2},
+    "biases and norms": {"scale": False, "bias": ["q_proj", "o_proj", "up_proj"], "lm_head": False},
+    "scales": {"bias": False, "norm": False, "prompt_length": 1},
+    "a head's bias": {"scale": ["k_proj", "down_proj"], "bias": False, "lm_head": "bias"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("base", ["gqa", "biases"])
+def test_the_variants_are_the_formula_too(tiny_llama, variant, base):
+    """Gates are activated and spread over the heads outside of the formula; what is left out does nothing."""
+    model = tiny_llama(**BASES[base])
+    settings = AdapterSettings.parse({"prompt_length": 3} | VARIANTS[variant])
+    attach_adapters(model, settings)
+    shake(model)
+    weights = double(model)
+    given = dict(weights)
+    for name in weights:
+        linear, _, kind = name.rpartition(".")
+        if kind == "gate":
+            gate = weights[name].tanh() if settings.gate_activation == "tanh" else weights[name]
+            assert gate.numel() == (1 if settings.gate == "scalar" else 4)
+            given[name] = gate.expand(4)
+        elif kind == "adapter_scale" and f"{linear}.adapter_bias" not in weights:
+            given[f"{linear}.adapter_bias"] = torch.zeros_like(weights[name])
+        elif kind == "adapter_bias" and f"{linear}.adapter_scale" not in weights:
+            given[f"{linear}.adapter_scale"] = torch.ones_like(weights[name])
+    ids = tokens()
+    logits, expected = model(input_ids=ids).logits, adapted_logits(given, model.config, ids)
+    assert relative_error(logits, expected) < ROUNDING
+    token_loss(logits, ids).backward()
+    token_loss(expected, ids).backward()
+    for name, parameter in trainable_parameters(model):
+        assert weights[name].grad.norm() > 1e-3, f"{name}: this test would not notice a wrong gradient"
+        assert relative_error(parameter.grad, weights[name].grad) < ROUNDING, name
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

@@ -184,7 +184,20 @@ def test_a_step_of_decoding_reads_only_the_keys_that_its_row_sees(tiny_llama):
     assert torch.equal(found, expected)
 
 
-def test_a_mask_that_hides_tokens_is_refused(tiny_llama):
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_padding_at_the_end_changes_nothing_before_it(tiny_llama, is_sparse):
+    """What data collators make; each row's tokens as if it stood alone."""
+    window = {"mode": "local_sliding_window", "block": 4, "num_sliding_window_blocks": 3}
+    model = attached(tiny_llama(), parse_sparsity(window) if is_sparse else None)
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[0, LENGTH - 7 :] = 0
+    found = model(input_ids=ids(), attention_mask=mask).logits
+    alone = model(input_ids=ids()[:1, :-7]).logits
+    torch.testing.assert_close(found[:1, :-7], alone)
+    torch.testing.assert_close(found[1], model(input_ids=ids()).logits[1])
+
+
+def test_a_mask_that_hides_tokens_before_others_is_refused(tiny_llama):
     model = attached(tiny_llama(), None)
     mask = torch.ones(2, LENGTH, dtype=torch.int64)
     expected = model(input_ids=ids()).logits
