@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
-from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, save_adapter
+from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, write_adapter_folder
 from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.settings import AdapterSettings
@@ -20,14 +20,19 @@ def adapt(
     version: str,
     *,
     prompt_length: int = 3,
-    start_layer: int = 2,
+    start_layer: int | None = 2,
     is_trained: bool = True,
     sparsity: Sparsity | None = None,
     dense_layers: tuple[int, ...] | None = None,
     noise: float = 0.4,
+    **settings: Any,
 ) -> LlamaForCausalLM:
     """Return ``model`` with attention and adapters; trained ones have every tensor away from its initial
-    value."""
+    value.
+
+    Args:
+        settings: of the adapter's variant.
+    """
     plan = plan_attention(
         LayerSparsities(sparsity, (), dense_layers).resolve(model.config.num_hidden_layers),
         num_heads=model.config.num_attention_heads,
@@ -35,8 +40,8 @@ def adapt(
         seed=0,
     )
     attach_attention(model, plan)
-    settings = AdapterSettings(version=version, prompt_length=prompt_length, start_layer=start_layer)  # type: ignore[arg-type]
-    attach_adapters(model, settings, seed=1)
+    prompts = {"prompt_length": prompt_length, "start_layer": start_layer}
+    attach_adapters(model, AdapterSettings(version=version, **prompts, **settings), seed=1)  # type: ignore[arg-type]
     return shake(model, noise) if is_trained else model
 
 
@@ -64,7 +69,7 @@ def save_adapted(folder: Path, base: str, *, version: str, block: dict[str, Any]
         trainable_parameters=sum(parameter.numel() for _, parameter in trainable_parameters(model)),
         version="0",
     )
-    save_adapter(folder, trainable_state(model), file)
+    write_adapter_folder(folder, trainable_state(model), file)
 
 
 def tokens(num_rows: int = 2, num_tokens: int = 9, vocabulary: int = 61) -> torch.Tensor:

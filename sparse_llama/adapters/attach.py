@@ -117,18 +117,19 @@ def first_trained_layer(model: LlamaForCausalLM) -> int:
 def _check_layers(settings: AdapterSettings, num_layers: int) -> None:
     if settings.top_layers is not None and settings.top_layers > num_layers:
         raise ConfigError(
-            f"sparse_llama.adapter.top_layers: {settings.top_layers} of a model with {num_layers} layers; use "
-            f"at most {num_layers}"
+            f"sparse_llama.adapter.top_layers: {settings.top_layers} of a model with {num_layers} layers; "
+            f"use at most {num_layers}"
         )
-    if not settings.prompt_layers(num_layers):
+    prompted = settings.prompt_layers(num_layers)
+    if not prompted:
         raise ConfigError(
-            f"sparse_llama.adapter.start_layer: {settings.prompt_layers(num_layers).start} leaves no layer to "
-            f"adapt, the model has {num_layers} (0 to {num_layers - 1}); use at most {num_layers - 1}"
+            f"sparse_llama.adapter.start_layer: {prompted.start} leaves no layer to adapt, the model has "
+            f"{num_layers} (0 to {num_layers - 1}); use at most {num_layers - 1}"
         )
 
 
 def _wrap(model: LlamaForCausalLM, settings: AdapterSettings) -> None:
-    """Put our modules, over the base's own parameters, where the adapter has a part and there are none yet."""
+    """Put our modules, over the base's own parameters, where the adapter has a part and has none yet."""
     layers: Any = model.model.layers
     for index in settings.adapted_layers(len(layers)):
         _wrap_parts(layers[index], settings)

@@ -160,8 +160,8 @@ def set_adapter(model: LlamaForCausalLM, chosen: str | Mapping[str, float]) -> N
         raise ConfigError("set_adapter: no adapter is named; disable_adapters(model) leaves all out")
     if len({_layouts(bank.adapters[name].plan) for name in weights}) > 1:
         raise ConfigError(
-            f"set_adapter: {', '.join(weights)} were trained with different attention layouts; mix adapters of "
-            "one layout"
+            f"set_adapter: {', '.join(weights)} were trained with different attention layouts; mix adapters "
+            "of one layout"
         )
     bank.activate(model, weights)
 

@@ -32,7 +32,8 @@ class AdaptedMLP(LlamaMLP):
         """Return the (..., C) output; transformers' values and gradients to the bit."""
         if not torch.is_grad_enabled():
             return super().forward(x)  # which lets go of g before u is there
-        return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+        activation = self.act_fn.forward  # the function alone: DeepSpeed's hooks know no forward mode
+        return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x), activation))
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -40,7 +40,7 @@ class AdaptedRMSNorm(LlamaRMSNorm):
         if not torch.is_grad_enabled():
             return normalise(normed)
         output = _Normalise.apply(*normed)
-        setattr(output, _NOTE, normed)
+        setattr(output, _NOTE, (normed, output._version))
         return output
 
 
@@ -56,10 +56,14 @@ def normalise(normed: Normed) -> torch.Tensor:
 def normed_from(tensor: torch.Tensor) -> Normed | None:
     """Return how a norm made this very tensor, None where that is not known.
 
-    A view or a copy does not know. Under ZeRO-3 every module gets copies, as it should be: the norm's weight
-    is whole around the norm only, where no other module could use it.
+    A part, a copy or a tensor changed in place does not know. Under ZeRO-3 every module gets copies, as it
+    should be: the norm's weight is whole around the norm only, where no other module could use it.
     """
-    return getattr(tensor, _NOTE, None)
+    base = tensor._base  # of a view; transformers gives the head its input as x[:, 0:], all of it
+    if base is not None and base.shape == tensor.shape and base.stride() == tensor.stride():
+        tensor = base
+    normed, version = getattr(tensor, _NOTE, (None, None))
+    return normed if normed is not None and version == tensor._version else None
 
 
 class _Normalise(torch.autograd.Function):

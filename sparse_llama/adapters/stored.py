@@ -21,7 +21,6 @@ from sparse_llama.adapters.weights import (
     write_adapter_folder,
 )
 from sparse_llama.attention.interface import AttentionPlan, plan_attention
-from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class StoredAdapter:
+class LoadedAdapter:
     """What was read."""
 
     format: str
@@ -69,7 +68,7 @@ def base_of_adapter(path: Path) -> BaseModelReference | None:
     return None if name is None else BaseModelReference(path=name)
 
 
-def read_adapter(path: Path, base: LlamaConfig, *, base_model: BaseModelReference) -> StoredAdapter:
+def read_adapter(path: Path, base: LlamaConfig, *, base_model: BaseModelReference) -> LoadedAdapter:
     """Return the adapter at ``path``, a file or folder of any format, in this project's terms.
 
     Args:
@@ -79,7 +78,7 @@ def read_adapter(path: Path, base: LlamaConfig, *, base_model: BaseModelReferenc
         CheckpointError: it is missing, damaged, of an unknown format, or does not fit ``base``.
     """
     if is_native(path):
-        return StoredAdapter("native", *read_adapter_folder(path))
+        return LoadedAdapter("native", *read_adapter_folder(path))
     foreign = read_foreign(path, base)
     longest = base.max_position_embeddings
     file = AdapterFile(
@@ -92,12 +91,12 @@ def read_adapter(path: Path, base: LlamaConfig, *, base_model: BaseModelReferenc
         trainable_parameters=sum(tensor.numel() for tensor in foreign.tensors.values()),
         version=__version__,
     )
-    return StoredAdapter(foreign.format, file, foreign.tensors, foreign.notices)
+    return LoadedAdapter(foreign.format, file, foreign.tensors, foreign.notices)
 
 
 def load_adapter(
     model: LlamaForCausalLM, path: str | Path, *, name: str = DEFAULT, is_trainable: bool = False
-) -> StoredAdapter:
+) -> LoadedAdapter:
     """Add the adapter at ``path`` to ``model``, make it the active one, and return what was read.
 
     It brings what it was trained with: its variant, its layout of sparse attention, which the model attends

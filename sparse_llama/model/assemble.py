@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparse_llama.adapters.attach import attach_adapters, first_trained_layer
-from sparse_llama.adapters.weights import AdapterFile, apply_adapter, load_adapter
+from sparse_llama.adapters.stored import base_of_adapter, find_adapter, plan_of_adapter, read_adapter
+from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, apply_adapter
 from sparse_llama.attention.interface import AttentionPlan, attach_attention, plan_attention
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.config.layers import LayerSparsities
@@ -24,7 +25,7 @@ from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_llama.errors import ConfigError, ModelError
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.model.files import resolve_model
-from sparse_llama.model.llama import load_llama, read_config_json
+from sparse_llama.model.llama import load_llama, read_config, read_config_json
 
 MODELLING_CODE = Path(__file__).parent / "exported" / "modeling_sparse_llama.py"
 
@@ -52,6 +53,8 @@ class OpenedModel:
     folder: Path
     plan: AttentionPlan | None
     """None where an export brings its own attention."""
+    notices: tuple[str, ...] = ()
+    """What the user has to be told of another program's adapter."""
 
 
 def assemble(
@@ -131,16 +134,6 @@ def open_model(
     return OpenedModel(llama, load_tokenizer(folder), None, model, folder, plan)
 
 
-def plan_of_adapter(file: AdapterFile, config: LlamaConfig) -> AttentionPlan:
-    """Return how an adapter's run attended: its layouts are part of the model."""
-    return plan_attention(
-        file.layouts.resolve(config.num_hidden_layers),
-        num_heads=config.num_attention_heads,
-        master_length=file.master_length,
-        seed=file.seed,
-    )
-
-
 def is_own_modelling_code(folder: Path) -> bool:
     """Return whether the code in ``folder`` is byte for byte what this version ships, and nothing else."""
     if not MODELLING_CODE.is_file():
@@ -163,11 +156,16 @@ def _open_adapted(
     device: torch.device | str,
     dense_attention: bool,
 ) -> OpenedModel:
-    file, tensors = load_adapter(adapter)
-    base = model or file.base_model.path
-    revision = revision if model else file.base_model.revision
-    computed_in: torch.dtype = dtype or getattr(torch, file.dtype)
-    loaded = load_llama(base, dtype=computed_in, device=device, revision=revision)
+    source = find_adapter(adapter)
+    named = base_of_adapter(source)
+    if model is None and named is None:
+        raise ModelError(f"{adapter}: this adapter does not name its base; give it with --model")
+    base = BaseModelReference(path=model, revision=revision) if model is not None else named
+    assert base is not None
+    folder = resolve_model(base.path, base.revision)
+    stored = read_adapter(source, read_config(folder), base_model=base)
+    file, computed_in = stored.file, dtype or getattr(torch, stored.file.dtype)
+    loaded = load_llama(str(folder), dtype=computed_in, device=device)
     plan = plan_of_adapter(file, loaded.model.config)
     if dense_attention:
         if not plan.masters:
@@ -175,10 +173,11 @@ def _open_adapted(
         plan = AttentionPlan((None,) * len(plan.layers))
     attach_attention(loaded.model, plan)
     attach_adapters(loaded.model, file.adapter, seed=file.seed)
-    apply_adapter(loaded.model, tensors, source=str(adapter))
+    apply_adapter(loaded.model, stored.tensors, source=str(adapter))
     loaded.model.eval()
-    description = f"{base} + {adapter}"
-    return OpenedModel(loaded.model, load_tokenizer(loaded.folder), file, description, loaded.folder, plan)
+    description = f"{base.path} + {adapter}"
+    tokenizer = load_tokenizer(folder)
+    return OpenedModel(loaded.model, tokenizer, file, description, folder, plan, stored.notices)
 
 
 def _open_with_code(

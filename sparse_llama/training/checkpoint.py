@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from sparse_llama.adapters.weights import AdapterFile, load_adapter, save_adapter
+from sparse_llama.adapters.weights import AdapterFile, read_adapter_folder, write_adapter_folder
 from sparse_llama.distributed.ranks import barrier, is_main
 from sparse_llama.errors import CheckpointError
 from sparse_llama.training.masters import (
@@ -63,7 +63,7 @@ def save_checkpoint(
     if is_main():
         unfinished = target.with_name(f".{target.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        save_adapter(unfinished, masters, adapter)
+        write_adapter_folder(unfinished, masters, adapter)
         random_state = {"random_state/cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random_state["random_state/cuda"] = torch.cuda.get_rng_state()
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path, engine: Any, parameters: dict[str, nn.Paramete
             f"{folder}: not a readable checkpoint ({type(error).__name__}: {error}); "
             "name an older one with --resume DIR, or start anew with --overwrite"
         ) from error
-    _, masters = load_adapter(folder)
+    _, masters = read_adapter_folder(folder)
     _check_tensors(folder, masters, parameters)
     torch.set_rng_state(moments.pop("random_state/cpu"))
     cuda_state = moments.pop("random_state/cuda", None)

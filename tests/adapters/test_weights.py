@@ -12,8 +12,8 @@ from sparse_llama.adapters.weights import (
     AdapterFile,
     BaseModelReference,
     apply_adapter,
-    load_adapter,
-    save_adapter,
+    read_adapter_folder,
+    write_adapter_folder,
 )
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import CheckpointError
@@ -37,7 +37,7 @@ def describe(**changes) -> AdapterFile:
 @pytest.fixture
 def saved(tiny_llama, tmp_path):
     model = adapt(tiny_llama(), "v2")
-    save_adapter(tmp_path / "adapter", trainable_state(model), describe())
+    write_adapter_folder(tmp_path / "adapter", trainable_state(model), describe())
     return tmp_path / "adapter", model
 
 
@@ -52,7 +52,7 @@ def refusal(call) -> str:
 def test_a_saved_adapter_comes_back_to_the_bit(saved, tiny_llama):
     """T1: reload reproduces the logits bit for bit."""
     folder, model = saved
-    config, tensors = load_adapter(folder)
+    config, tensors = read_adapter_folder(folder)
     assert config == describe()
     fresh = adapt(tiny_llama(), "v2", is_trained=False)
     apply_adapter(fresh, tensors)
@@ -63,8 +63,8 @@ def test_the_file_holds_fp32_whatever_it_is_given_and_no_base_weight(tiny_llama,
     model = adapt(tiny_llama().bfloat16(), "v1")
     flat = torch.cat([parameter.detach().flatten() for _, parameter in trainable_parameters(model)])
     views = dict(zip(("a", "b"), flat.split([flat.numel() - 4, 4]), strict=True))  # they share memory
-    save_adapter(tmp_path, views, describe())
-    _, tensors = load_adapter(tmp_path)
+    write_adapter_folder(tmp_path, views, describe())
+    _, tensors = read_adapter_folder(tmp_path)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
         "a": torch.float32,
         "b": torch.float32,
@@ -82,13 +82,13 @@ def test_the_configuration_is_plain_json(saved):
 @pytest.mark.parametrize("name", ["adapter.safetensors", "adapter_config.json"])
 def test_a_missing_file_is_named(saved, name):
     (saved[0] / name).unlink()
-    assert f"no {name}; an adapter folder holds" in refusal(lambda: load_adapter(saved[0]))
+    assert f"no {name}; an adapter folder holds" in refusal(lambda: read_adapter_folder(saved[0]))
 
 
 def test_a_truncated_file_is_refused(saved):
     path = saved[0] / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "not a complete safetensors file" in refusal(lambda: load_adapter(saved[0]))
+    assert "not a complete safetensors file" in refusal(lambda: read_adapter_folder(saved[0]))
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_a_truncated_file_is_refused(saved):
 )
 def test_a_configuration_of_something_else_is_refused(saved, text, message):
     (saved[0] / "adapter_config.json").write_text(text)
-    assert message in refusal(lambda: load_adapter(saved[0]))
+    assert message in refusal(lambda: read_adapter_folder(saved[0]))
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_is_copied(saved, tiny_llama):
-    _, tensors = load_adapter(saved[0])
+    _, tensors = read_adapter_folder(saved[0])
     other = adapt(tiny_llama(intermediate_size=64), "v2", is_trained=False)
     before = trainable_state(other)
     message = refusal(lambda: apply_adapter(other, tensors, source="runs/x/adapter"))
@@ -118,7 +118,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_copied(saved, 
 
 def test_missing_and_unexpected_tensors_are_refused(saved, tiny_llama):
     """T1: strict both ways."""
-    _, tensors = load_adapter(saved[0])
+    _, tensors = read_adapter_folder(saved[0])
     tensors["model.layers.9.self_attn.zero_init.gate"] = tensors.pop("lm_head.adapter_bias")
     message = refusal(lambda: apply_adapter(adapt(tiny_llama(), "v2"), tensors))
     assert (

@@ -191,7 +191,7 @@ def test_a_base_that_was_never_loaded_is_refused(tmp_path, text, capsys):
             ["--model", BASE, "--data", "TEXT", "--window", "8", "--stride", "9"],
             "--stride: must be from 1 to the win",
         ),
-        (["--adapter", "missing", "--data", "TEXT"], "missing: no adapter_config.json"),
+        (["--adapter", "missing", "--data", "TEXT"], "missing: no such file or folder"),
         (["--model", "missing/model/x", "--data", "TEXT"], "missing/model/x: no such folder"),
         (["--data", "TEXT"], "no model to open; give --model, --adapter, or both"),
         (["--model", BASE], "--data"),

@@ -126,7 +126,7 @@ def test_only_the_main_process_of_a_job_answers(run_folder, capsys, monkeypatch)
         ),
         (["--model", BASE], "--prompt"),
         (["--prompt", "Who?"], "no model to open; give --model, --adapter, or both"),
-        (["--adapter", "missing", "--prompt", "Who?"], "missing: no adapter_config.json"),
+        (["--adapter", "missing", "--prompt", "Who?"], "missing: no such file or folder"),
         (
             ["--model", BASE, "--prompt", "Who?", "--temprature", "1"],
             r"--temprature: .* did you mean '--temperature'",

@@ -10,7 +10,7 @@ from small_runs import losses
 from training.conftest import REMOVED
 from transformers import LlamaConfig
 
-from sparse_llama.adapters.weights import load_adapter
+from sparse_llama.adapters.weights import read_adapter_folder
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.model.assemble import plan_of_adapter
 
@@ -39,7 +39,7 @@ def test_an_adapter_keeps_the_layout_of_every_layer(train: Train):
     window = {"mode": "local_sliding_window", "block": 32, "num_sliding_window_blocks": 3}
     attention = {"dense_layers": [-1], "layouts": [{"layers": [1, 3], "sparse_attention": window}]}
     folder = train("run", sparse_llama=SHORT | {"attention": attention})
-    file, _ = load_adapter(folder / "adapter")
+    file, _ = read_adapter_folder(folder / "adapter")
     modes = [None if one is None else one.mode for one in file.layouts.resolve(4)]
     assert modes == ["bslongformer", "local_sliding_window", "bslongformer", None]
     assert file.layouts.resolve(4)[1] == parse_sparsity(window)
@@ -53,7 +53,7 @@ def test_an_adapter_trained_with_a_mask_keeps_the_mask(train: Train, tmp_path: P
     block = {"mode": "mask", "block": 16, "path": str(file)}
     folder = train("run", sparse_llama=SHORT, sparse_attention=NO_BSLONGFORMER | block)
     file.unlink()
-    adapter, _ = load_adapter(folder / "adapter")
+    adapter, _ = read_adapter_folder(folder / "adapter")
     plan = plan_of_adapter(adapter, LlamaConfig(num_hidden_layers=4, num_attention_heads=4))
     for layer in range(4):
         layout = plan.layout(layer, 320)
