@@ -56,7 +56,7 @@ def add_run_flags(flags: argparse.ArgumentParser) -> None:
     add = flags.add_argument_group("overrides of the document").add_argument
     add("--model", metavar="ID|DIR", help="base model: a hub id, a folder, or bundled:tiny-llama")
     add("--dataset", metavar="ID|FILE", help="data set: a hub id, a file, or bundled:people")
-    add("--adapter", choices=("v1", "v2"), help="adapter version")
+    add("--adapter", metavar="v1|v2|PATH", help="adapter version, or an adapter to train on from")
     add("--seq_length", type=int, metavar="N", help="tokens of a row")
     add(
         "--attention",
@@ -99,7 +99,12 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     """Add what ``open_model`` needs: which model, which adapter, in which precision."""
     add = flags.add_argument
     add("--model", metavar="ID|DIR", help="a hub id, a folder, an export, or bundled:tiny-llama")
-    add("--adapter", type=Path, metavar="DIR", help="a run's output folder or its adapter/; names its base")
+    add(
+        "--adapter",
+        type=Path,
+        metavar="PATH",
+        help="a run's output folder, its adapter/, or an adapter of PEFT, lit-llama, litgpt or LLaMA-Adapter",
+    )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

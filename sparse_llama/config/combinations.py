@@ -10,7 +10,7 @@ from sparse_llama.config.deepspeed import Document
 from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.mask_file import open_mask
 from sparse_llama.config.optimizer import OFFLOADABLE, ZERO_TESTED
-from sparse_llama.config.settings import Settings
+from sparse_llama.config.settings import AdapterSettings, Settings
 from sparse_llama.config.sparsity import MaskSparsity
 from sparse_llama.errors import ConfigError
 
@@ -146,6 +146,19 @@ def require_libaio(key: str) -> None:
         raise ConfigError(
             f'{key}: "nvme" needs libaio, which is not installed; install the package libaio-dev '
             '(libaio-devel on Fedora and RHEL), or use "cpu"'
+        )
+
+
+def check_start(settings: Settings) -> None:
+    """Refuse two words on what the adapter is.
+
+    Raises:
+        ConfigError: an adapter to train on from, and a variant.
+    """
+    if settings.training.init_adapter is not None and settings.adapter != AdapterSettings():
+        raise ConfigError(
+            "sparse_llama.adapter: sparse_llama.training.init_adapter is trained on from, in the variant that it "
+            "is; leave this block out"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sparse_llama.config.settings import check_dataset, check_model
 from sparse_llama.errors import ConfigError
 
+VERSIONS = ("v1", "v2")
 OFFLOADS = ("none", "cpu", "nvme")
 
 
@@ -21,7 +22,8 @@ class Overrides:
     nvme_path: Path | None = None
     seq_length: int | None = None
     attention: Literal["dense", "sparse"] | None = None
-    adapter: Literal["v1", "v2"] | None = None
+    adapter: str | None = None
+    """A version, or the path of an adapter to train on from."""
     model: str | None = None
     dataset: str | None = None
     output_dir: Path | None = None
@@ -49,12 +51,16 @@ def check_flags(flags: Overrides) -> None:
         ("zero_stage", (0, 1, 2, 3)),
         ("offload", OFFLOADS),
         ("attention", ("dense", "sparse")),
-        ("adapter", ("v1", "v2")),
     )
     for name, allowed in choices:
         value = getattr(flags, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"--{name}: must be one of {', '.join(map(str, allowed))}, got {value}")
+    if flags.adapter not in (None, *VERSIONS) and not Path(flags.adapter).exists():
+        raise ConfigError(
+            f"--adapter: must be {', '.join(VERSIONS)} or the path of an adapter to train on from, got "
+            f"{flags.adapter}"
+        )
     for name, check in (("model", check_model), ("dataset", check_dataset)):
         value = getattr(flags, name)
         if value is not None:
@@ -82,8 +88,11 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
     for name in ("seq_length", "seed"):
         if getattr(flags, name) is not None:
             settings[name] = getattr(flags, name)
-    if flags.adapter is not None:
+    if flags.adapter in VERSIONS:
         settings.setdefault("adapter", {})["version"] = flags.adapter
+    elif flags.adapter is not None:
+        settings.pop("adapter", None)
+        settings.setdefault("training", {})["init_adapter"] = flags.adapter
     if flags.model is not None:
         model = settings.setdefault("model", {})
         model["path"] = flags.model

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from sparse_llama.config.combinations import (
     check_lengths,
+    check_start,
     check_monitors,
     check_precision,
     check_zero,
@@ -181,6 +182,7 @@ def _resolve(
     check_precision(checked)
     check_monitors(checked)
     check_zero(checked, optimizer["type"])
+    check_start(settings)
     check_lengths(settings, layouts)
 
     schedule = make_schedule(merged.get("scheduler"), lr=optimizer["params"]["lr"])

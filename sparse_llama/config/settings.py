@@ -212,6 +212,9 @@ class TrainingSettings(Section):
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep."""
 
+    init_adapter: str | None = None
+    """An adapter to train on from, of this or another program; the run's variant is then its own."""
+
     samples: int = Field(default=3, ge=0)
     """Validation prompts to answer before and after the run."""
 

@@ -6,7 +6,7 @@ starts at the lowest layer that the adapters left to train.
 """
 
 import filecmp
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,23 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparse_llama.adapters.attach import attach_adapters, first_trained_layer
-from sparse_llama.adapters.stored import base_of_adapter, find_adapter, plan_of_adapter, read_adapter
+from sparse_llama.adapters.stored import (
+    LoadedAdapter,
+    base_of_adapter,
+    find_adapter,
+    plan_of_adapter,
+    read_adapter,
+)
 from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, apply_adapter
 from sparse_llama.attention.interface import AttentionPlan, attach_attention, plan_attention
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.config.layers import LayerSparsities
-from sparse_llama.config.settings import Settings
+from sparse_llama.config.settings import AdapterSettings, Settings
 from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
-from sparse_llama.errors import ConfigError, ModelError
+from sparse_llama.errors import CheckpointError, ConfigError, ModelError
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.model.files import resolve_model
-from sparse_llama.model.llama import load_llama, read_config, read_config_json
+from sparse_llama.model.llama import LoadedLlama, load_llama, read_config, read_config_json
 
 MODELLING_CODE = Path(__file__).parent / "exported" / "modeling_sparse_llama.py"
 
@@ -36,6 +42,10 @@ class Assembled:
 
     model: LlamaForCausalLM
     plan: AttentionPlan
+    adapter: AdapterSettings
+    """The variant: the run's, or that of the adapter it trains on from."""
+    start: dict[str, torch.Tensor] | None
+    """The tensors of that adapter, which the engine has yet to be given."""
     folder: Path
     """Of the base, where its tokenizer is too."""
     notices: tuple[str, ...]
@@ -84,10 +94,14 @@ def assemble(
         seed=settings.seed,
         backend=settings.attention.backend,
     )
+    adapter, start, notices = settings.adapter, None, loaded.notices
+    if settings.training.init_adapter is not None:
+        stored = _read_start(settings, loaded, layouts)
+        adapter, start, notices = stored.file.adapter, stored.tensors, (*notices, *stored.notices)
     attach_attention(loaded.model, plan)
-    attach_adapters(loaded.model, settings.adapter, seed=settings.seed, dtype=dtype)
+    attach_adapters(loaded.model, adapter, seed=settings.seed, dtype=dtype)
     checkpoint_layers(loaded.model, checkpointing, first_trained_layer(loaded.model))
-    return Assembled(loaded.model, plan, loaded.folder, loaded.notices)
+    return Assembled(loaded.model, plan, adapter, start, loaded.folder, notices)
 
 
 def open_model(
@@ -145,6 +159,20 @@ def is_own_modelling_code(folder: Path) -> bool:
         return False  # another module, or another repository's ("owner/name--module.Class")
     code = sorted(folder.rglob("*.py"))
     return code == [folder / MODELLING_CODE.name] and filecmp.cmp(code[0], MODELLING_CODE, shallow=False)
+
+
+def _read_start(settings: Settings, loaded: LoadedLlama, layouts: LayerSparsities) -> LoadedAdapter:
+    """Return the adapter that a run trains on from; that it attended otherwise is a notice."""
+    path = Path(settings.training.init_adapter or "")
+    base = BaseModelReference(path=settings.model.path, revision=settings.model.revision)
+    try:
+        stored = read_adapter(find_adapter(path), loaded.model.config, base_model=base)
+    except CheckpointError as error:
+        raise CheckpointError(f"sparse_llama.training.init_adapter: {error}") from error
+    if stored.file.layouts.distinct == layouts.distinct:
+        return stored
+    notice = f"{path}: was trained with {stored.file.layouts} attention, this run attends {layouts}"
+    return replace(stored, notices=(*stored.notices, notice))
 
 
 def _open_adapted(

@@ -96,7 +96,7 @@ def load_checkpoint(folder: Path, engine: Any, parameters: dict[str, nn.Paramete
             "name an older one with --resume DIR, or start anew with --overwrite"
         ) from error
     _, masters = read_adapter_folder(folder)
-    _check_tensors(folder, masters, parameters)
+    check_tensors(str(folder), masters, parameters)
     torch.set_rng_state(moments.pop("random_state/cpu"))
     cuda_state = moments.pop("random_state/cuda", None)
     if cuda_state is not None and torch.cuda.is_available():
@@ -157,9 +157,12 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
             shutil.rmtree(path)
 
 
-def _check_tensors(
-    folder: Path, masters: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]
-) -> None:
+def check_tensors(source: str, masters: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse tensors that are not those of a run.
+
+    Raises:
+        CheckpointError: one is missing, unknown, or of another shape.
+    """
     wanted = {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()
     }
@@ -167,7 +170,6 @@ def _check_tensors(
     if wanted != found:
         name = sorted(wanted.items() ^ found.items())[0][0]
         raise CheckpointError(
-            f"{folder}: {name} is {found.get(name, 'missing')} here and {wanted.get(name, 'missing')} in "
-            "this run; "
-            "resume with the configuration that wrote the checkpoint"
+            f"{source}: {name} is {found.get(name, 'missing')} there and {wanted.get(name, 'missing')} in "
+            "this run; it was trained with another configuration, or on another base"
         )

@@ -47,7 +47,8 @@ def fit(run: Run) -> None:
     position = _resume(session, console) if run.resume is not None else _begin(session)
     report.show_start(console, session)
     if position.before is None:
-        console.print("validating the base model ...")
+        start = run.settings.training.init_adapter
+        console.print(f"validating {'the base model' if start is None else start} ...")
         position.before = asdict(_validate(session))
         _check_base(session, position.before["loss"])
     final = _train(session, position, console)

@@ -25,7 +25,7 @@ def show_start(console: Console, session: Session) -> None:
     frozen = sum(count_elements(parameter) for parameter in session.llama.parameters()) - _trainable(session)
     rows = [
         ("model", f"{settings.model.path}  ({_count(frozen)} parameters, frozen)"),
-        ("adapter", f"{settings.adapter.version}  ({_trainable(session):,} trainable parameters)"),
+        ("adapter", _adapter(session)),
         ("attention", attention_line(session)),
         ("data", f"{settings.data.dataset}  ({len(session.validation_examples)} validation records)"),
         (
@@ -81,7 +81,7 @@ def summarize(session: Session, position: Position, final: Validation) -> dict[s
     before = position.before or {}
     return {
         "name": session.run.name,
-        "adapter_version": session.run.settings.adapter.version,
+        "adapter_version": session.adapter.adapter.version,
         "trainable_parameters": _trainable(session),
         "attention": str(session.run.layouts),
         "density": density(session),
@@ -192,6 +192,12 @@ def _instruction(prompt: str) -> str:
 def _one_line(text: str, width: int = 90) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _adapter(session: Session) -> str:
+    start = session.run.settings.training.init_adapter
+    text = f"{session.adapter.adapter.version}  ({_trainable(session):,} trainable parameters)"
+    return text if start is None else f"{text}, trained on from {start}"
 
 
 def _trainable(session: Session) -> int:

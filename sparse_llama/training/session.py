@@ -15,6 +15,7 @@ from sparse_llama.adapters.weights import AdapterFile, BaseModelReference
 from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.run import Run
 from sparse_llama.config.schedule import num_optimizer_steps
+from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.data.batches import Batch, Batches
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.prepare import PreparedData, prepare_data
@@ -27,7 +28,9 @@ from sparse_llama.model.checks import check_logits
 from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import read_config
 from sparse_llama.model.objective import TokenLoss
+from sparse_llama.training.checkpoint import check_tensors
 from sparse_llama.training.engine import start_engine
+from sparse_llama.training.masters import write_masters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,9 +94,12 @@ def prepare(run: Run, console: Console) -> Session:
     )
     llama = assembled.model
     parameters = dict(trainable_parameters(llama))
-    adapter = _describe(run, parameters)
+    adapter = _describe(run, assembled.adapter, parameters)
     objective = TokenLoss(llama)
     engine = start_engine(run, objective, llama, schedule)
+    if assembled.start is not None:
+        check_tensors(f"--adapter {settings.training.init_adapter}", assembled.start, parameters)
+        write_masters(engine, parameters, assembled.start)
     _check_first_logits(run, llama, data)
     return Session(
         run=run,
@@ -129,7 +135,7 @@ def _resolve_on_main_first(path: str, revision: str | None) -> Path:
     return folder
 
 
-def _describe(run: Run, parameters: dict[str, nn.Parameter]) -> AdapterFile:
+def _describe(run: Run, adapter: AdapterSettings, parameters: dict[str, nn.Parameter]) -> AdapterFile:
     settings = run.settings
     model, master_length = settings.model, settings.attention.master_length
     assert master_length is not None, "a resolved run has its master length"
@@ -137,7 +143,7 @@ def _describe(run: Run, parameters: dict[str, nn.Parameter]) -> AdapterFile:
     return AdapterFile.model_validate(
         {
             "base_model": BaseModelReference(path=model.path, revision=model.revision),
-            "adapter": settings.adapter,
+            "adapter": adapter,
             "sparse_attention": layouts["sparse_attention"],
             "layer_layouts": layouts["layouts"],
             "dense_layers": layouts["dense_layers"],

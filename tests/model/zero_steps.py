@@ -35,7 +35,8 @@ LEARNING_RATE = 0.02
 def build(folder: str, version: str, *, dtype=torch.float32, zero3_config=None, checkpointing=None):
     model = load_llama(folder, dtype=dtype, zero3_config=zero3_config).model
     attach_attention(model, AttentionPlan((None,) * model.config.num_hidden_layers))
-    attach_adapters(model, AdapterSettings(version=version, prompt_length=3, start_layer=1), seed=1)
+    settings = AdapterSettings(version=version, prompt_length=3, start_layer=1)
+    attach_adapters(model, settings, seed=1, dtype=model.dtype)
     checkpoint_layers(model, checkpointing, first_trained_layer(model))
     for name, parameter in trainable_parameters(model):  # at gate 0 a prompt has no gradient
         if name.endswith("zero_init.gate"):
