@@ -81,15 +81,17 @@ def read_adapter(path: Path, base: LlamaConfig, *, base_model: BaseModelReferenc
         return LoadedAdapter("native", *read_adapter_folder(path))
     foreign = read_foreign(path, base)
     longest = base.max_position_embeddings
-    file = AdapterFile(
-        base_model=base_model,
-        adapter=foreign.settings,
-        master_length=longest,
-        seed=0,
-        seq_length=longest,
-        dtype=_dtype_name(base.dtype),
-        trainable_parameters=sum(tensor.numel() for tensor in foreign.tensors.values()),
-        version=__version__,
+    file = AdapterFile.model_validate(
+        {
+            "base_model": base_model,
+            "adapter": foreign.settings,
+            "master_length": longest,
+            "seed": 0,
+            "seq_length": longest,
+            "dtype": _dtype_name(base.dtype),
+            "trainable_parameters": sum(tensor.numel() for tensor in foreign.tensors.values()),
+            "version": __version__,
+        }
     )
     return LoadedAdapter(foreign.format, file, foreign.tensors, foreign.notices)
 
@@ -111,7 +113,7 @@ def load_adapter(
         CheckpointError: there is no adapter, or it does not fit the model, which then computes what it did.
     """
     source = find_adapter(Path(path))
-    base = BaseModelReference(path=model.name_or_path)
+    base = BaseModelReference(path=model.name_or_path or "")
     stored = read_adapter(source, model.config, base_model=base)
     plan = None if stored.file.layouts.is_dense else plan_of_adapter(stored.file, model.config)
     bank = bank_of(model)

@@ -157,8 +157,8 @@ def check_start(settings: Settings) -> None:
     """
     if settings.training.init_adapter is not None and settings.adapter != AdapterSettings():
         raise ConfigError(
-            "sparse_llama.adapter: sparse_llama.training.init_adapter is trained on from, in the variant that it "
-            "is; leave this block out"
+            "sparse_llama.adapter: sparse_llama.training.init_adapter is trained on from, in its own variant; "
+            "leave this block out"
         )
 
 

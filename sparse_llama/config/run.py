@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar
 
 from sparse_llama.config.combinations import (
     check_lengths,
-    check_start,
     check_monitors,
     check_precision,
+    check_start,
     check_zero,
     resolve_batch,
 )

@@ -128,15 +128,15 @@ class AdapterSettings(Section):
     def _consistent(self) -> Self:
         if self.start_layer is not None and self.top_layers is not None:
             raise ValueError(
-                f"start_layer ({self.start_layer}) and top_layers ({self.top_layers}) are both given; keep one "
-                "of them"
+                f"start_layer ({self.start_layer}) and top_layers ({self.top_layers}) are both given; keep "
+                "one of them"
             )
         if self.version == "v1":
             for name in ("scale", "bias", "norm", "lm_head"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"{name} is {show(getattr(self, name))}, but version v1 has prompts and gates only; use "
-                        "version v2 or leave it out"
+                        f"{name} is {show(getattr(self, name))}, but version v1 has prompts and gates only; "
+                        "use version v2 or leave it out"
                     )
         return self
 
