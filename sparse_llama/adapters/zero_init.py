@@ -6,8 +6,8 @@ value projections of the prompt, neither normalised nor rotated,
     y_h = core_h(q, k, v) + g_h * softmax(q_h K_p^T * scale) V_p        (two softmaxes, every query sees P)
 
 The paper's one softmax over prompt and tokens with rescaled halves is these two. Its g_h = tanh(gate_h) is
-an option; the default, g_h = gate_h, is lit-llama's (``lit_llama/adapter.py``, 2a464de, lines 151-167). One gate
-for all heads of a layer is an option too: PEFT's ``adaption_prompt``.
+an option; the default, g_h = gate_h, is lit-llama's (``lit_llama/adapter.py``, 2a464de, lines 151-167). One
+gate for all heads of a layer is an option too: PEFT's ``adaption_prompt``.
 
 ``B`` batch, ``T`` tokens, ``C`` model width, ``H`` query heads, ``K`` key/value heads, ``D`` head width,
 ``P`` prompt tokens.

@@ -157,7 +157,7 @@ def check_start(settings: Settings) -> None:
     """
     if settings.training.init_adapter is not None and settings.adapter != AdapterSettings():
         raise ConfigError(
-            "sparse_llama.adapter: sparse_llama.training.init_adapter is trained on from, in its own variant; "
+            "sparse_llama.adapter: the run trains on from sparse_llama.training.init_adapter as it is; "
             "leave this block out"
         )
 
