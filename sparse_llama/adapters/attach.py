@@ -133,7 +133,7 @@ def _wrap(model: LlamaForCausalLM, settings: AdapterSettings) -> None:
     layers: Any = model.model.layers
     for index in settings.adapted_layers(len(layers)):
         _wrap_parts(layers[index], settings)
-    if settings.trains_norms and type(model.model.norm) is LlamaRMSNorm:
+    if _keeps_norms_input(settings) and type(model.model.norm) is LlamaRMSNorm:
         model.model.norm = AdaptedRMSNorm(model.model.norm)
     if "lm_head" in settings.scaled | settings.biased and type(model.lm_head) is nn.Linear:
         model.lm_head = ScaleBiasLinear(model.lm_head, is_rotated=True)
@@ -143,12 +143,17 @@ def _wrap(model: LlamaForCausalLM, settings: AdapterSettings) -> None:
             attention.zero_init = ZeroInitAttention(model.config.num_attention_heads)
 
 
+def _keeps_norms_input(settings: AdapterSettings) -> bool:
+    """Whether a norm has to keep its input: to train, or for the scales after it, which else keep its output."""
+    return settings.trains_norms or bool(settings.scaled)
+
+
 def _wrap_parts(module: nn.Module, settings: AdapterSettings) -> None:
     for name, child in list(module.named_children()):
         wrapped = child
         if type(child) is LlamaMLP and settings.scaled:
             wrapped = AdaptedMLP(child)
-        elif type(child) is LlamaRMSNorm and settings.trains_norms:
+        elif type(child) is LlamaRMSNorm and _keeps_norms_input(settings):
             wrapped = AdaptedRMSNorm(child)
         elif type(child) is nn.Linear and name in settings.scaled | settings.biased:
             wrapped = ScaleBiasLinear(child, is_rotated=name in _ROTATED)
