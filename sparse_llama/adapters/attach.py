@@ -144,7 +144,8 @@ def _wrap(model: LlamaForCausalLM, settings: AdapterSettings) -> None:
 
 
 def _keeps_norms_input(settings: AdapterSettings) -> bool:
-    """Whether a norm has to keep its input: to train, or for the scales after it, which else keep its output."""
+    """Whether a norm has to keep its input: to train, or for the scales after it, which would keep its
+    output."""
     return settings.trains_norms or bool(settings.scaled)
 
 

@@ -117,10 +117,10 @@ def test_a_model_loaded_from_a_folder_is_the_base_that_is_noted(tiny_llama, tmp_
 
 
 def test_nothing_there_says_what_could_be(tiny_llama, tmp_path):
-    with pytest.raises(CheckpointError, match="no such file or folder; name a run's folder, an adapter folder"):
+    with pytest.raises(CheckpointError, match="no such file or folder; name a run's folder"):
         load_adapter(tiny_llama(), tmp_path / "runs" / "demo")
     (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"has not finished .*name its newest checkpoint, .*step_000002"):
+    with pytest.raises(CheckpointError, match=r"not finished .* its newest checkpoint, .*step_000002"):
         load_adapter(tiny_llama(), tmp_path / "run")
 
 
@@ -132,7 +132,7 @@ def test_another_programs_file_is_recognised(tiny_llama, tmp_path, caplog):
         name = f"base_model.model.model.layers.{layer}.self_attn"
         tensors |= {f"{name}.adaption_prompt": prompt, f"{name}.adaption_gate": torch.tensor([0.5 * layer])}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    document = '{"peft_type": "ADAPTION_PROMPT", "adapter_len": 3, "adapter_layers": 2, "task_type": "CAUSAL_LM"}'
+    document = '{"peft_type": "ADAPTION_PROMPT", "adapter_len": 3, "adapter_layers": 2}'
     (tmp_path / "adapter_config.json").write_text(document, encoding="utf-8")
     model = tiny_llama()
     stored = load_adapter(model, tmp_path)
