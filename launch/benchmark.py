@@ -1,4 +1,4 @@
-"""Measure attention or layouts:  python launch/benchmark.py attention --lengths 4096 --blocks 64"""
+"""Measure what a part costs:  python launch/benchmark.py attention --lengths 4096 --blocks 64"""
 
 from sparse_llama import cli
 

@@ -50,7 +50,7 @@ def group_rows(group: Group) -> list[list[str]]:
             _NONE,
             _NONE,
             _NONE,
-            _memory(one.extra_bytes),
+            show_memory(one.extra_bytes),
         ]
         for one in group.dense
     ]
@@ -64,7 +64,7 @@ def group_rows(group: Group) -> list[list[str]]:
                 _join(f"{times:.2f}" for times in one.speedup.values()),
                 _join(f"{efficiency.total:.2f}" for efficiency in one.efficiency.values()),
                 _factors(list(one.efficiency.values())[-1]) if one.efficiency else _NONE,
-                _memory(one.extra_bytes),
+                show_memory(one.extra_bytes),
             ]
         )
     return rows
@@ -74,14 +74,14 @@ def pass_rows(group: Group) -> list[list[str]]:
     """Return the same for a terminal, under ``PASS_HEADER``: a line a pass, and no long ones."""
     rows: list[list[str]] = []
     for dense in group.dense:
-        labels = [f"dense, {dense.kernel}", f"  {_memory(dense.extra_bytes)}", ""]
+        labels = [f"dense, {dense.kernel}", f"  {show_memory(dense.extra_bytes)}", ""]
         rows += [
-            [label, which, _time(timing), _NONE, _NONE, _NONE]
+            [label, which, show_time(timing), _NONE, _NONE, _NONE]
             for label, (which, timing) in zip(labels, dense.times.items(), strict=False)
         ]
     for one in (*group.full, *group.sparse):
         # A backend without a backward pass has one line to say it all.
-        labels = [one.layout, f"  {one.backend}, {one.density:.3f}", f"  {_memory(one.extra_bytes)}"]
+        labels = [one.layout, f"  {one.backend}, {one.density:.3f}", f"  {show_memory(one.extra_bytes)}"]
         for index, (which, timing) in enumerate(one.times.items()):
             compared = [_NONE, _NONE, _NONE]
             if which in one.efficiency:
@@ -91,7 +91,7 @@ def pass_rows(group: Group) -> list[list[str]]:
                     _factors(one.efficiency[which]),
                 ]
             label = labels[index] if len(one.times) > 1 else "\n".join(labels)
-            rows.append([label, which, _time(timing), *compared])
+            rows.append([label, which, show_time(timing), *compared])
     return rows
 
 
@@ -148,7 +148,7 @@ def build_row(built: Built) -> list[str]:
         f"{built.num_tokens:,}",
         str(built.options["block"]),
         f"{built.density:.4f}",
-        _time(built.time),
+        show_time(built.time),
         format_bytes(built.num_bytes),
         format_bytes(built.num_bytes_dense),
     ]
@@ -195,6 +195,22 @@ def subject(sizes: Sizes) -> str:
     if sizes.num_kv_heads != sizes.num_heads:
         heads += f" ({sizes.num_kv_heads} of keys and values)"
     return f"Block-sparse attention, {heads} of {sizes.head_dim}, {sizes.dtype_name}"
+
+
+def show_time(timing: Timing) -> str:
+    """Return a median with its quartiles in brackets."""
+    median, lower, upper = (show_ms(ms) for ms in (timing.median_ms, timing.lower_ms, timing.upper_ms))
+    return f"{median} ({lower} to {upper})"
+
+
+def show_ms(ms: float) -> str:
+    """Return three digits, and whole milliseconds from 100 on."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def show_memory(count: int | None) -> str:
+    """Return bytes in words, and a dash where nothing measured them."""
+    return _NONE if count is None else format_bytes(count)
 
 
 def _markdown(groups: Sequence[Group], sizes: Sizes, skipped: dict[str, str], origin: Provenance) -> str:
@@ -272,17 +288,7 @@ def _pass_name(which: Pass) -> str:
 
 
 def _times(times: Times) -> list[str]:
-    return [_time(times[which]) if which in times else _NONE for which in PASSES]
-
-
-def _time(timing: Timing) -> str:
-    median, lower, upper = (_digits(ms) for ms in (timing.median_ms, timing.lower_ms, timing.upper_ms))
-    return f"{median} ({lower} to {upper})"
-
-
-def _digits(ms: float) -> str:
-    """Return three digits, and whole milliseconds from 100 on."""
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+    return [show_time(times[which]) if which in times else _NONE for which in PASSES]
 
 
 def _factors(efficiency: Efficiency) -> str:
@@ -291,7 +297,3 @@ def _factors(efficiency: Efficiency) -> str:
 
 def _join(numbers: Iterable[str]) -> str:
     return " / ".join(numbers) or _NONE
-
-
-def _memory(count: int | None) -> str:
-    return _NONE if count is None else format_bytes(count)

@@ -2,27 +2,40 @@
 
 import argparse
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_llama.benchmark.layouts import LAYOUT_NAMES, layout_options
+from sparse_llama.cli.adapter_cost import (
+    LAYER_FLAGS,
+    STEP_FLAGS,
+    add_adapter_cost_flags,
+    layer_cost,
+    step_cost,
+)
 from sparse_llama.cli.entry import is_main
 from sparse_llama.cli.flags import Parser, parser
+from sparse_llama.cli.results import (
+    device_slug,
+    make_folder,
+    numbers,
+    results_console,
+    split,
+    tell_files,
+)
 from sparse_llama.config.section import suggest
 from sparse_llama.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
     from sparse_llama.benchmark.attention import Sizes
     from sparse_llama.benchmark.contenders import Backend
 
 _SCRIPT = "launch/benchmark.py"
-_TABLE_WIDTH = 112
 _ONLY_ATTENTION = ("kv_heads", "head_dim", "dtype", "backends")
+_ATTENTION_FLAGS = ("modes", "lengths", "blocks", "heads", *_ONLY_ATTENTION)
 _DEFAULT_REPEATS = 20
 _BACKENDS: dict[str, tuple["Backend", ...]] = {"cpu": ("blockwise", "flex"), "cuda": ("triton", "flex")}
 _LENGTHS = {"cpu": (4096, 8192, 16384), "cuda": (4096, 8192, 16384, 32768, 65536)}
@@ -38,24 +51,24 @@ def benchmark_parser(doc: str | None) -> Parser:
     add = flags.add_argument
     add(
         "what",
-        choices=("attention", "layouts", "kernels"),
+        choices=("attention", "layouts", "kernels", "layer", "step"),
         help="attention: time and memory against dense flash attention; layouts: time to build, and bytes; "
-        "kernels: registers and utilisation of the Triton kernels, without a GPU",
+        "kernels: registers and utilisation of the Triton kernels, without a GPU; layer: a decoder layer "
+        "with adapters; step: a training step beside plain transformers and PEFT",
     )
     add("--modes", metavar="A,B", help=f"layouts, of {', '.join(LAYOUT_NAMES)} (default: all)")
     add(
         "--lengths",
         metavar="N,N",
-        help="tokens (default: 4096,8192,16384; on CUDA to 65536; layouts: 524288)",
+        help="tokens (default: 4096,8192,16384; on CUDA to 65536; layouts: 524288; layer: 2048,16384)",
     )
     add("--blocks", metavar="N,N", help="tokens of a block (default: 16,64; on CUDA 128 too; layouts: 16)")
-    add("--heads", type=int, metavar="N", help="query heads (default: 8; on CUDA, and of layouts, 32)")
+    add("--heads", type=int, metavar="N", help="query heads (default: 8; on CUDA, layouts, layer: 32)")
     add(
         "--repeats",
         type=int,
-        default=_DEFAULT_REPEATS,
         metavar="N",
-        help=f"rounds (default: {_DEFAULT_REPEATS})",
+        help=f"rounds (default: {_DEFAULT_REPEATS}; layer and step: 5, 3 of more than 4096 tokens on a CPU)",
     )
     add(
         "--output_dir",
@@ -64,15 +77,16 @@ def benchmark_parser(doc: str | None) -> Parser:
         metavar="DIR",
         help="where results go (default: docs/results), in place of earlier ones of the same device",
     )
-    add = flags.add_argument_group("attention").add_argument
+    add = flags.add_argument_group("attention; layer and step take some").add_argument
     add("--kv_heads", type=int, metavar="N", help="key and value heads (default: as many as query heads)")
-    add("--head_dim", type=int, metavar="N", help="width of a head (default: 64; on CUDA 128)")
+    add("--head_dim", type=int, metavar="N", help="width of a head (default: 64; on CUDA, layer: 128)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32; on CUDA bfloat16")
     add(
         "--backends",
         metavar="A,B",
         help="blockwise, triton, flex, or auto (default): what runs on the device",
     )
+    add_adapter_cost_flags(flags)
     return flags
 
 
@@ -80,12 +94,17 @@ def benchmark(arguments: argparse.Namespace) -> None:
     """Measure, print and save; mistakes are told before torch is imported."""
     if not is_main():
         return  # two at a time would measure each other
-    modes = _modes(arguments.modes)
-    if arguments.repeats < 1:
+    if arguments.repeats is not None and arguments.repeats < 1:
         raise ConfigError(f"--repeats: must be 1 or more, got {arguments.repeats}")
     if arguments.heads is not None and arguments.heads < 1:
         raise ConfigError(f"--heads: must be 1 or more, got {arguments.heads}")
-    lengths, blocks = _numbers("lengths", arguments.lengths), _numbers("blocks", arguments.blocks)
+    _refuse_others(arguments)
+    if arguments.what in ("layer", "step"):
+        (layer_cost if arguments.what == "layer" else step_cost)(arguments)
+        return
+    arguments.repeats = arguments.repeats or _DEFAULT_REPEATS
+    modes = _modes(arguments.modes)
+    lengths, blocks = numbers("lengths", arguments.lengths), numbers("blocks", arguments.blocks)
     if arguments.what == "layouts":
         _layouts(arguments, modes, lengths or (524288,), blocks or (16,))
     elif arguments.what == "kernels":
@@ -101,7 +120,7 @@ def _layouts(
         if getattr(arguments, name) is not None:
             raise ConfigError(f"--{name}: belongs to attention; layouts have no tensors")
     _check_sizes(modes, lengths, blocks)
-    _make_folder(arguments.output_dir)
+    make_folder(arguments.output_dir)
     from sparse_llama.benchmark.build import measure_build
     from sparse_llama.benchmark.provenance import provenance
     from sparse_llama.benchmark.report import BUILD_HEADER, build_row, save_builds
@@ -116,8 +135,8 @@ def _layouts(
         for block in blocks
         for mode in modes
     ]
-    show_columns("layouts", BUILD_HEADER, map(build_row, built), _console())
-    _tell_files(save_builds(arguments.output_dir, "layouts", built, origin))
+    show_columns("layouts", BUILD_HEADER, map(build_row, built), results_console())
+    tell_files(save_builds(arguments.output_dir, "layouts", built, origin))
 
 
 def _kernels(
@@ -131,7 +150,7 @@ def _kernels(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ConfigError("TRITON_INTERPRET: 1 leaves nothing to compile; unset it")
     _check_sizes(modes, lengths, blocks)
-    _make_folder(arguments.output_dir)
+    make_folder(arguments.output_dir)
     from sparse_llama.attention.triton_compile import compile_report
     from sparse_llama.benchmark.kernels import (
         COMPILED_HEADER,
@@ -147,10 +166,10 @@ def _kernels(
     origin = provenance(_SCRIPT, sys.argv[1:])
     print("compiling for sm_80 and sm_90 ...", flush=True)
     compiled = list(compile_report(blocks=blocks))
-    show_columns("compiled", COMPILED_HEADER, map(compiled_row, compiled), _console())
+    show_columns("compiled", COMPILED_HEADER, map(compiled_row, compiled), results_console())
     used = list(count_use(modes, num_tokens=lengths[0], blocks=blocks))
-    show_columns(f"utilisation, {lengths[0]:,} tokens", USE_HEADER, map(use_row, used), _console())
-    _tell_files(save_kernels(arguments.output_dir, compiled, used, origin))
+    show_columns(f"utilisation, {lengths[0]:,} tokens", USE_HEADER, map(use_row, used), results_console())
+    tell_files(save_kernels(arguments.output_dir, compiled, used, origin))
 
 
 def _attention(
@@ -169,7 +188,7 @@ def _attention(
     _check_sizes(modes, lengths, blocks)
     backends, skipped = _backends(arguments.backends, place)
     sizes = _sizes(arguments, modes, lengths, blocks, backends, place)
-    _make_folder(arguments.output_dir)
+    make_folder(arguments.output_dir)
 
     from sparse_llama.benchmark.attention import measure_group
     from sparse_llama.benchmark.provenance import clock_mhz, provenance
@@ -177,7 +196,7 @@ def _attention(
     from sparse_llama.reporting.tables import show_columns, show_table
 
     origin = provenance(_SCRIPT, sys.argv[1:])
-    console = _console()
+    console = results_console()
     show_table("benchmark", [("measured", subject(sizes)), ("hardware", origin.hardware)], console)
     for backend, reason in skipped.items():
         print(f"not measured: {backend}; {reason}")
@@ -189,8 +208,8 @@ def _attention(
             groups.append(measure_group(sizes, num_tokens=length, block=block, device=place))
             show_columns(group_title(groups[-1]), PASS_HEADER, pass_rows(groups[-1]), console)
     clocks.append(clock_mhz())
-    name = f"attention_{_device_slug(origin.hardware, place)}"
-    _tell_files(save_attention(arguments.output_dir, name, groups, sizes, skipped, clocks, origin))
+    name = f"attention_{device_slug(origin.hardware, place)}"
+    tell_files(save_attention(arguments.output_dir, name, groups, sizes, skipped, clocks, origin))
 
 
 def _sizes(
@@ -233,7 +252,7 @@ def _backends(text: str | None, place: "torch.device") -> tuple[tuple["Backend",
         return tuple(backend for backend in wanted if backend not in skipped), skipped
     known: dict[str, Backend] = {"blockwise": "blockwise", "triton": "triton", "flex": "flex"}
     named: list[Backend] = []
-    for name in _split(text):
+    for name in split(text):
         if name not in known:
             raise ConfigError(f"--backends: none is called {name!a}{suggest(name, [*known, 'auto'])}")
         reason = why_not(known[name], place)
@@ -244,19 +263,21 @@ def _backends(text: str | None, place: "torch.device") -> tuple[tuple["Backend",
 
 
 def _modes(text: str | None) -> tuple[str, ...]:
-    names = LAYOUT_NAMES if text is None else _split(text)
+    names = LAYOUT_NAMES if text is None else split(text)
     for name in names:
         if name not in LAYOUT_NAMES:
             raise ConfigError(f"--modes: none is called {name!a}{suggest(name, LAYOUT_NAMES)}")
     return tuple(names)
 
 
-def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    if not all(re.fullmatch(r"[1-9][0-9]*", word) for word in _split(text)):
-        raise ConfigError(f"--{flag}: must be whole numbers above 0, with commas between them, got {text!a}")
-    return tuple(int(word) for word in _split(text))
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    """Refuse flags of another measurement; attention, layouts and kernels tell theirs apart themselves."""
+    owners = {"attention": _ATTENTION_FLAGS, "layer": LAYER_FLAGS, "step": STEP_FLAGS}
+    taken = owners.get(arguments.what, _ATTENTION_FLAGS)
+    for name in dict.fromkeys((*_ATTENTION_FLAGS, *LAYER_FLAGS, *STEP_FLAGS)):
+        if name not in taken and getattr(arguments, name) is not None:
+            named = " and ".join(owner for owner, flags in owners.items() if name in flags)
+            raise ConfigError(f"--{name}: belongs to {named}; {arguments.what} does not take it, see --help")
 
 
 def _check_heads(arguments: argparse.Namespace) -> None:
@@ -271,36 +292,3 @@ def _check_sizes(modes: tuple[str, ...], lengths: tuple[int, ...], blocks: tuple
         for block in blocks:
             for mode in modes:
                 layout_options(mode, block=block, num_tokens=length)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder of results now, not after minutes of work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--output_dir {folder}: cannot be made ({error.strerror}); name a folder"
-        ) from error
-
-
-def _split(text: str) -> list[str]:
-    """Return the words between commas, each once."""
-    return list(dict.fromkeys(word.strip() for word in text.split(",")))
-
-
-def _device_slug(hardware: str, place: "torch.device") -> str:
-    """Return ``cpu``, or the GPU's name as a part of a file name: ``nvidia_h200``."""
-    if place.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "_", hardware.split(",")[0].lower()).strip("_")
-
-
-def _console() -> "Console":
-    """Return a console that folds no table of results: a file and a pipe have no width of their own."""
-    from rich.console import Console
-
-    return Console(width=max(Console().width, _TABLE_WIDTH))
-
-
-def _tell_files(files: list[Path]) -> None:
-    print("\n".join(f"wrote {file}" for file in files))

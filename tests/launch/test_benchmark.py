@@ -114,7 +114,7 @@ def test_a_peer_that_cannot_run_here_is_said_and_left_out(
         (["layouts", "--dtype", "float32"], "--dtype: belongs to attention"),
         (["layouts", "--kv_heads", "2"], "--kv_heads: belongs to attention"),
         (["attention", "--dtype", "int8"], "argument --dtype: invalid choice"),
-        (["step"], "argument what: invalid choice"),
+        (["steps"], "argument what: invalid choice"),
         (["attention", "--mode", "fixed"], "--mode: unknown flag; did you mean '--modes'"),
     ],
 )
