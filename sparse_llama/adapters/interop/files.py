@@ -1,0 +1,125 @@
+"""Tensors out of another program's file or folder, without running any code that the file brings."""
+
+import argparse
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sparse_llama.errors import CheckpointError
+
+PEFT_CONFIG = "adapter_config.json"
+_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT too takes the first that is there
+_KNOWN = (
+    "lit_model.pth.adapter",
+    "lit_model.pth.adapter_v2",
+    "lit-llama-adapter-finetuned.pth",
+)
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".adapter", ".adapter_v2")
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What a file holds, as it is."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    is_nested: bool = False
+    """Whether the tensors are under "model", beside other things."""
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """Those other things."""
+    peft_config: Mapping[str, Any] | None = None
+    """PEFT's ``adapter_config.json``, where there is one."""
+
+
+def read_stored(path: Path) -> StoredAdapter:
+    """Return the tensors of a file, or of the only adapter file in a folder; memory-mapped where that can be.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or reading it would run code.
+    """
+    file = _find_file(path)
+    config = _read_peft_config(file.with_name(PEFT_CONFIG)) if file.name in _PEFT_WEIGHTS else None
+    if file.suffix == ".safetensors":
+        try:
+            return StoredAdapter(file, load_file(file), peft_config=config)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: not a complete safetensors file ({error}); copy it again"
+            ) from error
+    document = _load(file)
+    inner = document.get("model") if isinstance(document, Mapping) else None
+    found = inner if isinstance(inner, Mapping) else document
+    tensors = found if isinstance(found, Mapping) else {}
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise CheckpointError(
+            f"{file}: holds a {type(found).__name__} without tensors; a dict of tensors, or one under "
+            '"model", is what adapters are saved as'
+        )
+    is_nested = found is inner
+    beside = {key: value for key, value in document.items() if key != "model"} if is_nested else {}
+    return StoredAdapter(file, tensors, is_nested, beside, config)
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; name an adapter file or the folder with it")
+    if (path / PEFT_CONFIG).is_file():
+        _read_peft_config(path / PEFT_CONFIG)
+        weights = [path / name for name in _PEFT_WEIGHTS if (path / name).is_file()]
+        if weights:
+            return weights[0]
+    files = [path / name for name in _KNOWN if (path / name).is_file()]
+    files = files or sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files[:3]) or "none"
+        raise CheckpointError(
+            f"{path}: must hold exactly one adapter file ({', '.join(_SUFFIXES)}), found {found}; name the "
+            "file itself"
+        )
+    return files[0]
+
+
+def _read_peft_config(path: Path) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); copy it again") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind is not None and kind != "ADAPTION_PROMPT":
+        raise CheckpointError(
+            f"{path}: peft_type is {kind!r}; only ADAPTION_PROMPT is a LLaMA-Adapter: merge other PEFT "
+            "adapters into their base with PEFT (merge_and_unload) and train on that"
+        )
+    return config if isinstance(config, dict) else None
+
+
+def _load(path: Path) -> Any:
+    try:
+        # The original's training checkpoints hold their arguments in one: values only, made without code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # damaged bytes make the unpickler do, and raise, whatever they spell
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise CheckpointError(
+                f"{path}: holds a {code[1]}, which only code in the file could make, and that is never run; "
+                "save its tensors alone (torch.save of a dict of tensors, or .safetensors)"
+            ) from None
+        text = str(error).rpartition("WeightsUnpickler error:")[2]  # after advice about weights_only
+        reason = " ".join(text.split())[:80] or type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a file that torch.save wrote, or not all of it ({reason}); copy it again"
+        ) from None
