@@ -7,6 +7,7 @@ second.
 from sparse_llama.cli.benchmark import benchmark, benchmark_parser
 from sparse_llama.cli.entry import is_main, main, world_size
 from sparse_llama.cli.flags import Parser, add_model_flags, add_run_flags, overrides, parser
+from sparse_llama.cli.imports import import_adapter, import_adapter_parser
 from sparse_llama.cli.layouts import show_layout, show_layout_parser
 from sparse_llama.cli.models import (
     evaluate,
@@ -30,6 +31,8 @@ __all__ = [
     "export_parser",
     "generate",
     "generate_parser",
+    "import_adapter",
+    "import_adapter_parser",
     "is_main",
     "main",
     "overrides",

@@ -3,16 +3,18 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_llama.cli.entry import is_main, world_size
 from sparse_llama.cli.flags import Parser, add_model_flags, make_room_for, parser
 from sparse_llama.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sparse_llama.export import Exported
     from sparse_llama.model.assemble import OpenedModel
 
 DEFAULT_NEW_TOKENS = 256
+_FOREIGN = ("peft", "lit-llama", "litgpt", "llama-adapter")  # interop's, which takes seconds to import
 
 
 def evaluate_parser(doc: str | None) -> Parser:
@@ -113,21 +115,37 @@ def export_parser(doc: str | None) -> Parser:
     """Return the parser of ``launch/export.py``: what is exported, where to, and as what."""
     flags = parser(doc)
     add = flags.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="a run, its adapter/ or a step_NNNNNN")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR|FILE",
+        help="a run, its adapter/, a step_NNNNNN, or another program's adapter",
+    )
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add(
         "--format",
-        choices=("merged", "native"),
+        choices=("merged", "native", *_FOREIGN),
         default="merged",
-        help="merged (default): a model for transformers; native: the adapter alone",
+        help="merged (default): a model for transformers; native: the adapter alone; else another program's",
     )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of merged weights (default: what the run computed in)",
     )
-    add("--model", metavar="ID|DIR", help="base to merge into (default: the one that the adapter names)")
-    add("--overwrite", action="store_true", help="replace the export in the output folder")
+    add("--model", metavar="ID|DIR", help="base of the adapter (default: the one that the adapter names)")
+    without = flags.add_argument_group(
+        "to make the export plain; the validation loss with and without is told"
+    )
+    add = without.add_argument
+    add(
+        "--drop_prompt", action="store_true", help="leave the prompts of a v2 adapter out of the merged model"
+    )
+    add("--drop_head_bias", action="store_true", help="leave the head's bias out of a merged model")
+    add("--dense_attention", action="store_true", help="leave the sparse layout out")
+    add("--data", metavar="NAME|FILE", help="to measure that on (default: the run's validation data)")
+    flags.add_argument("--overwrite", action="store_true", help="replace the export in the output folder")
     return flags
 
 
@@ -135,34 +153,54 @@ def export(arguments: argparse.Namespace) -> None:
     """Write an adapter, or a base with its adapter, as others can use it; checked before it is published."""
     if not is_main():
         return  # writing files is one process' work
-    if arguments.format == "native":
-        for name in ("dtype", "model"):
-            if getattr(arguments, name) is not None:
-                raise ConfigError(
-                    f"--{name}: belongs to --format merged; a native export is the adapter's fp32 tensors as "
-                    "they are"
-                )
-        from sparse_llama.export import export_native
+    _check_export_flags(arguments)
+    _hide_loading_bars()
+    from sparse_llama.export import export_foreign, export_native
+    from sparse_llama.reporting.tables import show_table
 
-        folder = export_native(arguments.checkpoint, arguments.output, overwrite=arguments.overwrite)
+    asked = {name: getattr(arguments, name) for name in ("checkpoint", "output", "model", "overwrite")}
+    if arguments.format == "native":
+        folder = export_native(**asked)
         print(f"{folder}: the adapter, for --adapter of evaluate.py and generate.py")
         return
+    if arguments.format == "merged":
+        exported = _export_merged(arguments, asked)
+    else:
+        dense = arguments.dense_attention
+        exported = export_foreign(arguments.format, data=arguments.data, dense_attention=dense, **asked)
+    show_table("export", exported.rows())
+    print(f"It opens with\n\n  {exported.opens_with}\n")
 
+
+def _export_merged(arguments: argparse.Namespace, asked: dict[str, Any]) -> "Exported":
     import torch
 
     from sparse_llama.export import export_merged
-    from sparse_llama.reporting.tables import show_table
 
-    _hide_loading_bars()
-    exported = export_merged(
-        arguments.checkpoint,
-        arguments.output,
+    parts = {
+        "prompt": arguments.drop_prompt,
+        "head_bias": arguments.drop_head_bias,
+        "layout": arguments.dense_attention,
+    }
+    return export_merged(
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
-        model=arguments.model,
-        overwrite=arguments.overwrite,
+        leave_out=[part for part, is_out in parts.items() if is_out],  # type: ignore[misc]
+        data=arguments.data,
+        **asked,
     )
-    show_table("export", exported.rows())
-    print(f"It opens with\n\n  {exported.opens_with}\n")
+
+
+def _check_export_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that have no part in the format."""
+    if arguments.format == "merged":
+        return
+    merged_only = ("dtype", "drop_prompt", "drop_head_bias")
+    for name in merged_only if arguments.format in _FOREIGN else (*merged_only, "dense_attention", "data"):
+        if getattr(arguments, name):
+            raise ConfigError(
+                f"--{name}: belongs to --format merged; {arguments.format} is the adapter's fp32 tensors as "
+                "they are"
+            )
 
 
 def _open(arguments: argparse.Namespace) -> "OpenedModel":
@@ -172,14 +210,18 @@ def _open(arguments: argparse.Namespace) -> "OpenedModel":
     from sparse_llama.model.assemble import open_model
 
     _hide_loading_bars()
-    return open_model(
+    opened = open_model(
         arguments.model,
-        _adapter_folder(arguments.adapter),
+        arguments.adapter,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
         device=device(),
         trust_remote_code=arguments.trust_remote_code,
         dense_attention=arguments.dense_attention,
     )
+    if is_main():
+        for notice in opened.notices:
+            print(f"note: {arguments.adapter}: {notice}", file=sys.stderr)
+    return opened
 
 
 def _hide_loading_bars() -> None:
@@ -187,10 +229,3 @@ def _hide_loading_bars() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
-
-def _adapter_folder(folder: Path | None) -> Path | None:
-    """Return the adapter's own folder where a run's output folder is given."""
-    if folder is None or (folder / "adapter_config.json").is_file() or not (folder / "adapter").is_dir():
-        return folder
-    return folder / "adapter"

@@ -1,30 +1,35 @@
 """Whether an export computes what the adapted model computes, prefill and cached decoding.
 
-The measure is the relative L2 distance of the logits to those of the adapted model in fp32. An fp32 export
-may be 1e-5 away; a 16-bit one 1.5 times as far as the adapted model itself is when it runs in that type. One
-model is in memory at a time.
+The measure is the relative L2 distance of the logits to those of the adapted model in fp32, from which the
+same parts are switched off that the export leaves out. An fp32 export may be 1e-5 away; a 16-bit one 1.5
+times as far as that adapted model itself is when it runs in that type. One model is in memory at a time: the
+export opens in a process of its own, with plain transformers.
 
 ``T`` tokens, ``V`` vocabulary.
 """
 
-import inspect
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils import logging
 
+from sparse_llama.distributed.ranks import device
 from sparse_llama.errors import ExportError
+from sparse_llama.export.fresh import measure_elsewhere
+from sparse_llama.export.left_out import Parts, open_without
 from sparse_llama.export.merged import MergedModel, layout_tensors
+from sparse_llama.export.reopen import decode, logits_at, loss_sum
+from sparse_llama.export.validation import HeldOut
 from sparse_llama.layouts import Layout
-from sparse_llama.model.assemble import open_model
 
 FP32_LIMIT = 1e-5
 LOW_PRECISION_FACTOR = 1.5
+SPARSE_DENSITY = 0.5
 _TOKENS = 96  # of the check without a layout
 _DECODED = 12
+_ROWS = 1024  # logits that are compared: with V = 128,000 half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -45,111 +50,124 @@ class Reference:
 
     tokens: torch.Tensor
     """(1, T) ids."""
+    rows: torch.Tensor
+    """Which tokens' logits are compared in prefill; the last ones are among them."""
     logits: torch.Tensor
-    """(T, V) of the adapted model in fp32."""
+    """(rows, V) of the adapted model in fp32."""
     limits: Errors
     why: str
+    density: float
+    """Of the token pairs that the sparsest layout attends over, at this length; 1.0 without one."""
 
-    def check(self, folder: Path, merged: MergedModel, dtype: torch.dtype) -> Errors:
-        """Open the export in ``folder`` as its users will and return its errors.
+    def check(
+        self, folder: Path, merged: MergedModel, dtype: torch.dtype, held_out: HeldOut | None = None
+    ) -> tuple[Errors, float | None]:
+        """Open the export in ``folder`` as its users will; return its errors, and its loss on ``held_out``.
 
         Raises:
-            ExportError: it computes something else.
+            ExportError: it does not open, or computes something else.
         """
-        model = _open_export(folder, dtype, needs_code=merged.needs_code)
-        _check_layouts(model, merged.layouts)
-        errors = measure(model, self.tokens, self.logits)
+        num_decoded = torch.tensor(_num_decoded(self.tokens))
+        job = {"tokens": self.tokens, "rows": self.rows, "num_decoded": num_decoded}
+        options = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device()),
+            "code": "yes" if merged.needs_code else "no",
+        }
+        found = measure_elsewhere(folder, job | ({} if held_out is None else held_out.job()), options)
+        _check_layouts(found, merged.layouts)
+        errors = _errors(found["logits"], found["decoded"], self.logits)
         # "not <=": NaN is not greater than anything
         if not (errors.prefill <= self.limits.prefill and errors.decoding <= self.limits.decoding):
             raise ExportError(
                 f"the exported model differs from the adapted one: relative error {errors} over "
                 f"{self.tokens.shape[1]} tokens, allowed {self.limits} ({self.why}); nothing was written"
             )
-        return errors
+        return errors, _mean(found["loss"]) if "loss" in found else None
 
 
 def make_reference(
-    model: str, adapter: Path, *, revision: str | None, dtype: torch.dtype, layouts: Sequence[Layout]
+    base: Path, adapter: Path, *, left_out: Parts, dtype: torch.dtype, layouts: Sequence[Layout]
 ) -> Reference:
-    """Return the adapted model's logits, on tokens enough for each layout to hide some, and allowed errors.
+    """Return the adapted model's logits, on tokens enough for each layout to hide most, and allowed errors.
+
+    Args:
+        base: the folder of the base model.
+        left_out: parts that the export does not have.
+        layouts: the sparse ones that it has.
 
     Raises:
         CheckpointError: the adapter is damaged or belongs to another base.
         ModelError: the base is missing or incomplete.
     """
-    exact = open_model(model, adapter, revision=revision, dtype=torch.float32).model
-    shortest = min((layout.num_tokens for layout in layouts), default=_TOKENS)
-    num_tokens = min(shortest, max(_TOKENS, *(_num_tokens(layout) for layout in layouts), 0))
+    exact = open_without(base, adapter, left_out, torch.float32).model
+    shortest = min((layout.num_tokens for layout in layouts), default=exact.config.max_position_embeddings)
+    num_tokens = min(shortest, max(_TOKENS, *map(_num_tokens, layouts), 0))
     tokens = _draw_tokens(exact.config.vocab_size, num_tokens)
-    logits = _logits(exact, tokens)
+    rows = torch.linspace(0, num_tokens - 1, min(num_tokens, _ROWS)).long()
+    rows[-_num_decoded(tokens) :] = torch.arange(num_tokens - _num_decoded(tokens), num_tokens)
+    logits = logits_at(exact, tokens, rows)
+    density = min((layout.density_at(num_tokens) for layout in layouts), default=1.0)
     if dtype == torch.float32:
-        return Reference(tokens, logits, Errors(FP32_LIMIT, FP32_LIMIT), "fp32 against fp32")
+        limits, why = Errors(FP32_LIMIT, FP32_LIMIT), "fp32 against fp32"
+        return Reference(tokens, rows, logits, limits, why, density)
     del exact
-    unmerged = measure(open_model(model, adapter, revision=revision, dtype=dtype).model, tokens, logits)
-    limits = Errors(*(LOW_PRECISION_FACTOR * error for error in (unmerged.prefill, unmerged.decoding)))
+    unmerged = open_without(base, adapter, left_out, dtype).model
+    decoded = decode(unmerged, tokens, _num_decoded(tokens))
+    errors = _errors(logits_at(unmerged, tokens, rows), decoded, logits)
+    limits = Errors(*(LOW_PRECISION_FACTOR * error for error in (errors.prefill, errors.decoding)))
     name = str(dtype).removeprefix("torch.")
     why = f"{LOW_PRECISION_FACTOR} times those of the adapted model in {name}"
-    return Reference(tokens, logits, limits, why)
+    return Reference(tokens, rows, logits, limits, why, density)
 
 
-def measure(model: PreTrainedModel, tokens: torch.Tensor, logits: torch.Tensor) -> Errors:
-    """Return how far ``model`` is from the (T, V) ``logits``."""
-    decoded = _decode(model, tokens)
-    return Errors(_distance(_logits(model, tokens), logits), _distance(decoded, logits[-len(decoded) :]))
+def adapted_loss(base: Path, adapter: Path, left_out: Parts, dtype: torch.dtype, held_out: HeldOut) -> float:
+    """Return the adapted model's loss without ``left_out``, in nats per labelled token."""
+    model = open_without(base, adapter, left_out, dtype, device()).model
+    total = loss_sum(model, held_out.ids, held_out.labels, held_out.lengths)
+    if device().type == "cuda":
+        del model
+        torch.cuda.empty_cache()  # for the process that opens the export
+    return _mean(total)
+
+
+def _mean(total: torch.Tensor) -> float:
+    return float(total[0] / total[1])
 
 
 def _num_tokens(layout: Layout) -> int:
-    """Return twice the length from which on a layout hides something, so that most rows are affected."""
-    causal, hiding = 1, layout.num_tokens  # a crop of a causal crop is causal: bisect
-    while hiding - causal > 1:
-        middle = (causal + hiding) // 2
-        causal, hiding = (middle, hiding) if layout.is_causal_at(middle) else (causal, middle)
-    return min(layout.num_tokens, 2 * hiding)
+    """Return three times the length from which on a layout hides something, or what it takes until under half
+    of the token pairs attend, as far as the layout goes."""
+    whole = layout.num_tokens
+    # a crop of a causal crop is causal: bisect
+    hiding = bisect_left(range(whole), True, lo=1, key=lambda length: not layout.is_causal_at(length))
+    length = min(whole, 3 * hiding)
+    while layout.density < SPARSE_DENSITY <= layout.density_at(length) and length < whole:
+        length = min(whole, length + max(layout.block, length // 16))
+    return length
+
+
+def _num_decoded(tokens: torch.Tensor) -> int:
+    return min(_DECODED, tokens.shape[1] // 2)
 
 
 def _draw_tokens(vocab_size: int, num_tokens: int) -> torch.Tensor:
     return torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(20230428))
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=tokens, use_cache=False).logits[0].float()
-
-
-@torch.no_grad()
-def _decode(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the last tokens, computed one at a time, the last two together, with a cache."""
-    num_decoded = min(_DECODED, tokens.shape[1] // 2)
-    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    cache = DynamicCache(config=model.config)
-    parts = []
-    sizes = [tokens.shape[1] - num_decoded, *[1] * (num_decoded - 2), 2]
-    for part in tokens.split(sizes, dim=1):
-        parts.append(model(input_ids=part, use_cache=True, **{named: cache}).logits[0].float())
-    return torch.cat(parts[1:])
+def _errors(logits: torch.Tensor, decoded: torch.Tensor, reference: torch.Tensor) -> Errors:
+    return Errors(_distance(logits, reference), _distance(decoded, reference[-len(decoded) :]))
 
 
 def _distance(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return float((logits - reference).double().norm() / reference.double().norm())
 
 
-def _open_export(folder: Path, dtype: torch.dtype, *, needs_code: bool) -> PreTrainedModel:
-    shows_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # The code in the folder, if any, is ours: this process has just written it.
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=needs_code).eval()
-    finally:
-        if shows_bars:
-            logging.enable_progress_bar()
-
-
-def _check_layouts(model: PreTrainedModel, layouts: Sequence[Layout]) -> None:
+def _check_layouts(found: dict[str, torch.Tensor], layouts: Sequence[Layout]) -> None:
     """The logits see the first blocks only; the tables are compared whole."""
-    state = model.state_dict()
     for index, layout in enumerate(layouts):
         for name, table in layout_tensors(layout, index).items():
-            if not torch.equal(state[name], table):
+            if not torch.equal(found[name], table):
                 raise ExportError(
                     f"{name} of the export is not that of the adapted model; nothing was written"
                 )

@@ -1,10 +1,11 @@
 """A LLaMA with its adapter merged: what of it folds into plain weights, what does not, and all its tensors.
 
-Scales and biases fold (``adapters/merge.py``), norms are copied. The gated prompt attention (a softmax of its
-own, so no key or value of plain attention), a bias on the head (the final norm has no constant to fold it
-into) and a sparse layout do not: they become tensors of ``SparseLlamaForCausalLM``. The prompt's keys and
-values are those of the folded projections, computed in fp64, so that their bits do not depend on how a matrix
-product is cut up.
+Scales and biases fold (``adapters/merge.py``), norms are copied. Plain LLaMA has a bias on all projections of
+its attention, or of its MLP, in all layers, or on none: where one is not zero, the others get zeros. The
+gated prompt attention (a softmax of its own, so no key or value of plain attention), a bias on the head (the
+final norm has no constant to fold it into) and a sparse layout do not fold: they become tensors of
+``SparseLlamaForCausalLM``, unless they are left out. The prompt's keys and values are those of the folded
+projections, computed in fp64, so that their bits do not depend on how a matrix product is cut up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_llama.adapters.merge import fold_bias, fold_weight
+from sparse_llama.adapters.merge import fold_bias, fold_weight, head_gates
 from sparse_llama.config.settings import AdapterSettings
+from sparse_llama.export.left_out import Parts
 from sparse_llama.export.shards import TensorSpec
 from sparse_llama.layouts import Layout
 from sparse_llama.model.exported.modeling_sparse_llama import SparseLlamaConfig, SparseLlamaForCausalLM
@@ -24,6 +26,7 @@ from sparse_llama.model.files import checkpoint_tensors
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CODE = "modeling_sparse_llama"
+_BIAS_FLAGS = {".self_attn.": "attention_bias", ".mlp.": "mlp_bias"}  # of all such layers, or of none
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class MergedModel:
     config: LlamaConfig
     """A ``SparseLlamaConfig`` if anything is left that plain LLaMA cannot hold."""
     adapter: dict[str, torch.Tensor]
-    """The trained tensors, fp32, by their names in the adapted model."""
+    """The trained tensors that are kept, fp32, by their names in the adapted model."""
+    gates: dict[int, torch.Tensor]
+    """What multiplies each head's prompt attention, (H,) fp32, by layer; only where it is not zero."""
     layouts: tuple[Layout, ...]
 
     @property
@@ -53,6 +58,8 @@ class MergedModel:
                 "AutoConfig": f"{_CODE}.{SparseLlamaConfig.__name__}",
                 "AutoModelForCausalLM": f"{_CODE}.{SparseLlamaForCausalLM.__name__}",
             }
+        else:
+            document |= _older_rope(document["rope_parameters"])
         return document
 
     def specs(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -74,38 +81,35 @@ def plan_merge(
     settings: AdapterSettings,
     adapter: dict[str, torch.Tensor],
     layer_layouts: Sequence[Layout | None],
+    left_out: Parts = frozenset(),
 ) -> MergedModel:
     """Return what merging ``adapter`` into ``base`` gives.
 
     Args:
         adapter: the trained tensors, which are known to belong to ``base``.
         layer_layouts: of every layer of the adapted model; None is full causal attention.
+        left_out: what is not exported, whether it is there or not.
     """
-    document = base.to_dict()
-    if settings.version == "v2":
-        document |= {"attention_bias": True, "mlp_bias": True}
-        if bool((adapter["lm_head.adapter_scale"] != 1).any()):
-            document["tie_word_embeddings"] = False  # the scale is the head's; the embedding has none
-    prompts = [
-        index
-        for index in range(base.num_hidden_layers)
-        if f"{_attention(index)}.zero_init.gate" in adapter
-        and bool((adapter[f"{_attention(index)}.zero_init.gate"] != 0).any())
-    ]
-    head_bias = adapter.get("lm_head.adapter_bias")
-    has_head_bias = head_bias is not None and bool((head_bias != 0).any())
-    layouts = sparse_ones(layer_layouts)
+    kept = _without(adapter, left_out)
+    prompts = _acting_gates(kept, settings, base)
+    layouts = () if "layout" in left_out else sparse_ones(layer_layouts)
+    has_head_bias = _is_nonzero(kept.get("lm_head.adapter_bias"))
+    document = base.to_dict() | {
+        flag: bool(getattr(base, flag)) or _shifts(kept, group) for group, flag in _BIAS_FLAGS.items()
+    }
+    if _is_nonzero(kept.get("lm_head.adapter_scale"), but=1):
+        document["tie_word_embeddings"] = False  # the scale is the head's; the embedding has none
     if not prompts and not has_head_bias and not layouts:
-        return MergedModel(base, LlamaConfig.from_dict(document), adapter, ())
+        return MergedModel(base, LlamaConfig.from_dict(document), kept, {}, ())
     document.pop("model_type", None)
     document |= {
-        "prompt_layers": prompts,
+        "prompt_layers": list(prompts),
         "prompt_length": settings.prompt_length if prompts else 0,
         "lm_head_bias": has_head_bias,
         "layouts": [_sizes(layout) for layout in layouts],
         "layer_layouts": [layouts.index(one) if one in layouts else None for one in layer_layouts],
     }
-    return MergedModel(base, SparseLlamaConfig.from_dict(document), adapter, layouts)
+    return MergedModel(base, SparseLlamaConfig.from_dict(document), kept, prompts, layouts)
 
 
 def sparse_ones(layer_layouts: Sequence[Layout | None]) -> tuple[Layout, ...]:
@@ -120,15 +124,16 @@ def merged_tensors(merged: MergedModel, folder: Path) -> Iterator[tuple[str, tor
     One tensor is in memory at a time, and the prompts' keys and values until the end.
     """
     prompts = _Prompts(merged)
+    is_tied = bool(merged.base.tie_word_embeddings)
     for name, tensor in checkpoint_tensors(folder):
-        is_tied = merged.base.tie_word_embeddings
         if name.endswith("rotary_emb.inv_freq") or (is_tied and name == _HEAD):
             continue
         yield from _fold(merged, prompts, name, tensor)
-        if is_tied and name == _EMBEDDING and "lm_head.adapter_scale" in merged.adapter:
-            for output, folded in _fold(merged, prompts, _HEAD, tensor):
-                if output != _HEAD or not merged.config.tie_word_embeddings:
-                    yield output, folded
+        if is_tied and name == _EMBEDDING:
+            head = dict(_fold(merged, prompts, _HEAD, tensor))
+            if merged.config.tie_word_embeddings:
+                del head[_HEAD]
+            yield from head.items()
     yield from prompts.tensors()
     for index, layout in enumerate(merged.layouts):
         yield from layout_tensors(layout, index).items()
@@ -149,6 +154,14 @@ def layout_tensors(layout: Layout, index: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _older_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings by the names of transformers before 5, which would otherwise take its own
+    defaults in silence; transformers 5 reads either."""
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    is_scaled = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": parameters["rope_theta"], "rope_scaling": scaling if is_scaled else None}
+
+
 def _sizes(layout: Layout) -> dict[str, int]:
     return {
         "block": layout.block,
@@ -163,30 +176,64 @@ def _fold(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what one tensor of the base becomes: itself, its folded self, and a bias that it had not."""
     module, _, kind = name.rpartition(".")
-    scale = merged.adapter.get(f"{module}.adapter_scale")
-    if scale is None:
-        output = merged.adapter.get(name, tensor)  # norms are trained as they are
-        prompts.add(name, output)
-        yield name, output
-        return
-    shift = merged.adapter[f"{module}.adapter_bias"]
+    scale, shift = (merged.adapter.get(f"{module}.adapter_{part}") for part in ("scale", "bias"))
     if kind == "bias":
         outputs = {name: fold_bias(tensor, scale, shift)}
     else:
-        outputs = {name: fold_weight(tensor, scale)}
-        if not _has_bias(merged.base, module) and (
-            module != "lm_head" or getattr(merged.config, "lm_head_bias", False)
-        ):
-            outputs[f"{module}.bias"] = fold_bias(None, scale, shift)
+        outputs = {name: fold_weight(merged.adapter.get(name, tensor), scale)}  # norms are trained themselves
+        if _gets_bias(merged, module):
+            bias = fold_bias(None, scale, shift)
+            outputs[f"{module}.bias"] = torch.zeros(tensor.shape[0]) if bias is None else bias
     for output_name, output in outputs.items():
+        assert output is not None, f"{output_name}: the base's own bias is gone"
         prompts.add(output_name, output)
         yield output_name, output
 
 
-def _has_bias(base: LlamaConfig, module: str) -> bool:
+def _gets_bias(merged: MergedModel, module: str) -> bool:
+    """Return whether a linear layer has a bias in the export and none in the base."""
     if module == "lm_head":
-        return False
-    return bool(base.attention_bias if ".self_attn." in module else base.mlp_bias)
+        return bool(getattr(merged.config, "lm_head_bias", False))
+    for group, flag in _BIAS_FLAGS.items():
+        if group in module:
+            return bool(getattr(merged.config, flag)) and not getattr(merged.base, flag)
+    return False
+
+
+def _without(adapter: dict[str, torch.Tensor], left_out: Parts) -> dict[str, torch.Tensor]:
+    def is_kept(name: str) -> bool:
+        if ".zero_init." in name:
+            return "prompt" not in left_out
+        return name != "lm_head.adapter_bias" or "head_bias" not in left_out
+
+    return {name: tensor for name, tensor in adapter.items() if is_kept(name)}
+
+
+def _acting_gates(
+    adapter: dict[str, torch.Tensor], settings: AdapterSettings, base: LlamaConfig
+) -> dict[int, torch.Tensor]:
+    is_tanh = settings.gate_activation == "tanh"
+    gates = {
+        layer: adapter.get(f"{_attention(layer)}.zero_init.gate") for layer in range(base.num_hidden_layers)
+    }
+    return {
+        layer: head_gates(gate, base.num_attention_heads, is_tanh=is_tanh)  # type: ignore[arg-type]
+        for layer, gate in gates.items()
+        if gate is not None and _is_nonzero(gate)
+    }
+
+
+def _shifts(adapter: dict[str, torch.Tensor], group: str) -> bool:
+    """Return whether any linear layer of ``group`` gets a bias that is not zero."""
+    return any(
+        group in name and name.endswith(".adapter_bias") and _is_nonzero(tensor)
+        for name, tensor in adapter.items()
+    )
+
+
+def _is_nonzero(tensor: torch.Tensor | None, *, but: float = 0) -> bool:
+    """Return whether there is a tensor with any value other than zero, or than ``but``."""
+    return tensor is not None and bool((tensor != but).any())
 
 
 def _attention(layer: int) -> str:
@@ -198,11 +245,10 @@ class _Prompts:
 
     def __init__(self, merged: MergedModel) -> None:
         self._merged = merged
-        self._layers: list[int] = list(getattr(merged.config, "prompt_layers", ()))
         self._sums: dict[str, torch.Tensor] = {}  # (P, K * D) fp64
         self._home = {
             f"{_attention(layer)}.{projection}": (layer, f"{_attention(layer)}.prompt.{part}")
-            for layer in self._layers
+            for layer in merged.gates
             for projection, part in (("k_proj", "key"), ("v_proj", "value"))
         }
 
@@ -221,6 +267,5 @@ class _Prompts:
         for name, total in self._sums.items():
             # (P, K * D) -> (K, P, D); a tensor of its own: the writer casts and copies
             yield name, total.unflatten(1, (-1, self._merged.base.head_dim)).transpose(0, 1)  # type: ignore[arg-type]
-        for layer in self._layers:
-            attention = _attention(layer)
-            yield f"{attention}.prompt.gate", self._merged.adapter[f"{attention}.zero_init.gate"]
+        for layer, gate in self._merged.gates.items():
+            yield f"{_attention(layer)}.prompt.gate", gate

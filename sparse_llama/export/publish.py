@@ -1,36 +1,22 @@
-"""Where an export comes from and goes to: nothing is under the output's name before it is complete."""
+"""Where an export goes to: nothing is under the output's name before it is complete."""
 
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparse_llama.adapters.weights import CONFIG_NAME, WEIGHTS_NAME
-from sparse_llama.errors import CheckpointError, ExportError
+from sparse_llama.adapters.interop import lit_llama, litgpt, llama_adapter
+from sparse_llama.adapters.weights import CONFIG_NAME
+from sparse_llama.errors import ExportError
 
-_EXPORTS = (CONFIG_NAME, "config.json")  # a folder with one of these is an export or a model
-
-
-def find_adapter(checkpoint: Path) -> Path:
-    """Return the adapter folder that ``--checkpoint`` means: the folder itself, or the one of a run.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for folder in (checkpoint, checkpoint / "adapter"):
-        if (folder / WEIGHTS_NAME).is_file() or (folder / CONFIG_NAME).is_file():
-            return folder
-    steps = sorted((checkpoint / "checkpoints").glob("step_*"))
-    if steps:
-        raise CheckpointError(
-            f"--checkpoint {checkpoint}: this run has not finished (no adapter/); export its newest "
-            f"checkpoint with --checkpoint {steps[-1]}"
-        )
-    what = "no adapter there" if checkpoint.is_dir() else "no such folder"
-    raise CheckpointError(
-        f"--checkpoint {checkpoint}: {what}; name a run's folder, an adapter folder ({WEIGHTS_NAME} and "
-        f"{CONFIG_NAME}), or a checkpoints/step_NNNNNN folder"
-    )
+# a folder with one of these is an export or a model; PEFT's configuration has the name of ours
+_EXPORTS = (
+    CONFIG_NAME,
+    "config.json",
+    lit_llama.FILE_NAME,
+    *litgpt.FILE_NAMES.values(),
+    llama_adapter.FILE_NAME,
+)
 
 
 def check_output(output: Path, *, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -58,8 +44,8 @@ def check_output(output: Path, *, overwrite: bool, sources: Iterable[Path]) -> N
         )
     if not any((output / name).is_file() for name in _EXPORTS):
         raise ExportError(
-            f"--output {output}: not empty, and no export that --overwrite may replace (neither "
-            f"{' nor '.join(_EXPORTS)} is in it); name another folder"
+            f"--output {output}: not empty, and no export that --overwrite may replace (none of "
+            f"{', '.join(_EXPORTS)} is in it); name another folder"
         )
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from sparse_llama.errors import CheckpointError, ExportError
 from sparse_llama.export import export_merged, export_native, publish
-from sparse_llama.export.publish import check_output, find_adapter
+from sparse_llama.export.publish import check_output
+from sparse_llama.export.source import find_source, locate
 
 
 def names(folder) -> list[str]:
@@ -21,9 +22,9 @@ def test_a_run_an_adapter_and_a_checkpoint_are_found(trained_run):
     folder = trained_run("v1").folder
     step = folder / "checkpoints" / "step_000007"
     shutil.copytree(folder / "adapter", step)
-    assert find_adapter(folder) == folder / "adapter"
-    assert find_adapter(folder / "adapter") == folder / "adapter"
-    assert find_adapter(step) == step
+    assert locate(folder) == folder / "adapter"
+    assert locate(folder / "adapter") == folder / "adapter"
+    assert locate(step) == step
 
 
 def test_a_run_without_an_adapter_names_its_newest_checkpoint(trained_run):
@@ -31,15 +32,15 @@ def test_a_run_without_an_adapter_names_its_newest_checkpoint(trained_run):
     for number in (2, 11):
         shutil.copytree(folder / "adapter", folder / "checkpoints" / f"step_{number:06d}")
     shutil.rmtree(folder / "adapter")
-    with pytest.raises(CheckpointError, match=r"has not finished.*step_000011"):
-        find_adapter(folder)
+    with pytest.raises(CheckpointError, match=r"--checkpoint .*has not finished.*step_000011"):
+        locate(folder)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no adapter there; name a run's folder"):
-        find_adapter(tmp_path)
-    with pytest.raises(CheckpointError, match=r"no such folder"):
-        find_adapter(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"^--checkpoint .*exactly one adapter file"):
+        find_source(tmp_path, None)
+    with pytest.raises(CheckpointError, match=r"^--checkpoint .*no such file or folder"):
+        find_source(tmp_path / "nothing", None)
 
 
 def test_a_native_export_holds_the_fp32_masters_and_their_configuration(trained_run, tmp_path):

@@ -1,6 +1,7 @@
 """``launch/export.py`` as users start it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from sparse_llama import cli
-from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, save_adapter
+from sparse_llama.adapters.interop import FOREIGN
+from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, write_adapter_folder
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.model.assemble import open_model
@@ -47,7 +49,7 @@ def run_folder(tmp_path: Path) -> Path:
         trainable_parameters=sum(tensor.numel() for tensor in tensors.values()),
         version="0",
     )
-    save_adapter(tmp_path / "run" / "adapter", tensors, file)
+    write_adapter_folder(tmp_path / "run" / "adapter", tensors, file)
     return tmp_path / "run"
 
 
@@ -66,6 +68,7 @@ def test_the_command_exports_a_run_that_our_own_commands_open(run_folder: Path, 
     assert done.returncode == 0, done.stderr
     assert "trust_remote_code=True" in done.stdout
     assert "relative error" in done.stdout
+    assert not (tmp_path / "hf" / "modules").exists()  # its code was copied to a place of the process's own
     exported, adapted = (
         open_model(str(output)).model,
         open_model(None, run_folder / "adapter", dtype=torch.float32).model,
@@ -95,15 +98,66 @@ def test_a_native_export_says_what_it_is_for(run_folder: Path, tmp_path: Path, c
     cli.main(cli.export, cli.export_parser(None), [*arguments, "--overwrite"])
 
 
-@pytest.mark.parametrize("flag", [("--dtype", "float32"), ("--model", "bundled:tiny-llama")])
-def test_flags_of_the_merged_format_are_refused_for_the_native_one(flag, tmp_path: Path, capsys):
-    arguments = ["--checkpoint", "runs/x", "--output", str(tmp_path / "out"), "--format", "native", *flag]
+@pytest.mark.parametrize("flag", [("--dtype", "float32"), ("--drop_prompt",), ("--drop_head_bias",)])
+@pytest.mark.parametrize("format", ["native", "peft", "lit-llama", "litgpt", "llama-adapter"])
+def test_flags_of_the_merged_format_are_refused_for_others(format, flag, tmp_path: Path, capsys):
+    arguments = ["--checkpoint", "runs/x", "--output", str(tmp_path / "out"), "--format", format, *flag]
     assert f"{flag[0]}: belongs to --format merged" in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        (("--dense_attention",), "--dense_attention: belongs to --format merged"),
+        (("--data", "bundled:people"), "--data: belongs to --format merged"),
+        (("--model", "bundled:tiny-llama"), "--model: a native export is the adapter as it is"),
+    ],
+)
+def test_a_native_export_is_the_adapter_as_it_is(run_folder: Path, flag, reason, tmp_path: Path, capsys):
+    arguments = ["--checkpoint", str(run_folder), "--output", str(tmp_path / "out"), "--format", "native"]
+    assert reason in refusal(capsys, *arguments, *flag)
+
+
+def test_every_format_of_another_program_can_be_asked_for():
+    (format,) = (action for action in cli.export_parser(None)._actions if action.dest == "format")
+    assert set(format.choices or ()) == {"merged", "native", *FOREIGN}
+
+
+def test_a_plain_export_tells_what_it_costs(run_folder: Path, tmp_path: Path, capsys, monkeypatch):
+    from sparse_llama.export import reopen
+
+    # test_fresh.py has the process of its own
+    monkeypatch.setattr("sparse_llama.export.agreement.measure_elsewhere", reopen.measure_folder)
+    (tmp_path / "data.jsonl").write_text('{"text": "one two three"}\n{"text": "four five six"}\n')
+    flags = ["--drop_prompt", "--drop_head_bias", "--dense_attention", "--data", str(tmp_path / "data.jsonl")]
+    arguments = ["--checkpoint", str(run_folder), "--output", str(tmp_path / "out"), *flags]
+    cli.main(cli.export, cli.export_parser(None), arguments)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "modelling code none, a plain LlamaForCausalLM" in said
+    assert re.search(r"validation loss, as trained \d+\.\d{4}", said)
+    assert re.search(r"validation loss, as exported \d+\.\d{4}", said)
+    assert "without the prompts, the head's bias and the sparse layout in fp32" in said
+    assert f'from_pretrained("{tmp_path / "out"}")' in said
+
+
+def test_an_export_for_litgpt_says_what_opens_it(run_folder: Path, tmp_path: Path, capsys):
+    arguments = ["--checkpoint", str(run_folder), "--output", str(tmp_path / "out"), "--format", "litgpt"]
+    assert "has no word for the layout" in refusal(capsys, *arguments)
+    assert "is not in a run's folder (no run.json)" in refusal(capsys, *arguments, "--dense_attention")
+    (tmp_path / "data.txt").write_text("one two three four five six\n" * 3)
+    cli.main(
+        cli.export,
+        cli.export_parser(None),
+        [*arguments, "--dense_attention", "--data", str(tmp_path / "data.txt")],
+    )
+    said = capsys.readouterr().out
+    assert "read back, the same adapter" in " ".join(said.split())
+    assert f"litgpt generate_adapter_v2 CHECKPOINT_DIR --adapter_path {tmp_path}/out/lit_model.pth" in said
 
 
 def test_mistakes_are_one_line(run_folder: Path, tmp_path: Path, capsys):
     output = str(tmp_path / "out")
-    assert "no such folder" in refusal(capsys, "--checkpoint", "runs/none", "--output", output)
+    assert "no such file or folder" in refusal(capsys, "--checkpoint", "runs/none", "--output", output)
     assert "invalid choice: 'int8'" in refusal(
         capsys, "--checkpoint", str(run_folder), "--output", output, "--dtype", "int8"
     )

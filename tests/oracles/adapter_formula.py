@@ -5,6 +5,8 @@ No module, no kernel, no cache: each token attends by an explicit mask, the prom
 table by state-dict name; autograd gives the gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
@@ -101,12 +103,23 @@ def _heads(x: Tensor, config: LlamaConfig) -> Tensor:
 
 
 def _rotate(x: Tensor, position_ids: Tensor, config: LlamaConfig) -> Tensor:
-    """Return x with each pair (i, i + D/2) turned by position * theta^(-2i/D)."""
+    """Return x with each pair (i, i + D/2) turned by position * frequency i."""
     half = config.head_dim // 2
-    theta = config.rope_parameters["rope_theta"]
-    frequency = theta ** (-torch.arange(half, dtype=x.dtype) / half)
-    angle = position_ids[:, None, :, None].to(x.dtype) * frequency  # (B, 1, T, D/2)
+    angle = position_ids[:, None, :, None].to(x.dtype) * _frequencies(config, half, x.dtype)  # (B, 1, T, D/2)
     first, second = x[..., :half], x[..., half:]
     return torch.cat(
         [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
     )
+
+
+def _frequencies(config: LlamaConfig, half: int, dtype: torch.dtype) -> Tensor:
+    """Return theta^(-2i/D); Llama 3.1 divides those of long waves by a factor, with a ramp in between (Llama
+    Team 2024, arXiv:2407.21783; ``apply_scaling`` of meta-llama/llama-models)."""
+    rope: Any = config.rope_parameters
+    frequency = rope["rope_theta"] ** (-torch.arange(half, dtype=dtype) / half)
+    if rope["rope_type"] != "llama3":
+        return frequency
+    waves = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # in the first context
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / rope["factor"]
