@@ -34,13 +34,13 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., LlamaConfig]:
     """Return a function that makes the tiny configuration, with overrides."""
     return lambda **overrides: LlamaConfig(**(TINY | overrides))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama(tiny_config: Callable[..., LlamaConfig]) -> Callable[..., LlamaForCausalLM]:
     """Return a function that makes a small random LLaMA, the same for the same overrides."""
 
@@ -58,16 +58,20 @@ def tiny_llama(tiny_config: Callable[..., LlamaConfig]) -> Callable[..., LlamaFo
     return make
 
 
-@pytest.fixture
-def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 @pytest.fixture
-def run_python(free_port: int) -> Callable[..., str]:
+def free_port() -> int:
+    """Return a TCP port that nothing listens on."""
+    return find_free_port()
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
     """Return a function that runs Python source as the only rank of a job, in a process of its own.
 
     DeepSpeed keeps global state (process group, patched constructors) that must not reach other tests.
@@ -79,7 +83,7 @@ def run_python(free_port: int) -> Callable[..., str]:
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port),
+            "MASTER_PORT": str(find_free_port()),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         }
         done = subprocess.run(

@@ -8,16 +8,19 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from adapted_models import save_adapted
 
+from sparse_llama.adapters import active_adapters
 from sparse_llama.config.document import parse_document
 from sparse_llama.config.run import Overrides, load_run
 from sparse_llama.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LAUNCHERS = ("deepspeed", "python", "pytest", "pip")
+LAUNCHERS = ("deepspeed", "python", "pytest", "pip", "lm_eval")
 
 
 def blocks(language: str) -> list[str]:
@@ -135,3 +138,14 @@ def test_the_continuous_integration_runs_commands_that_are_there():
     assert {"demo", "test"} <= set(marks)
     for mark in marks:
         assert re.search(rf"^<!-- ci:{mark} -->\n```bash\n\S", README, flags=re.MULTILINE), mark
+
+
+def test_the_adapters_in_python_work_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (block,) = (block for block in blocks("python") if "load_adapter" in block)
+    (tmp_path / "sparse_llama").symlink_to(ROOT / "sparse_llama")
+    monkeypatch.chdir(tmp_path)
+    save_adapted(tmp_path / "runs" / "cpu_demo" / "adapter", "bundled:tiny-llama", version="v2")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert active_adapters(names["model"]) == {"default": 1.0}
+    assert (tmp_path / "adapters" / "mine" / "adapter.safetensors").is_file()

@@ -25,6 +25,7 @@ _OPENED_BY = {
     "litgpt": "litgpt generate_{script} CHECKPOINT_DIR --adapter_path {file}",
     "llama-adapter": "torchrun example.py --ckpt_dir DIR --tokenizer_path FILE --adapter_path {file}",
 }
+_MULTIMODAL = 'llama.load("{file}", LLAMA_DIR)'  # in llama_adapter_v2_multimodal7b
 _GATE_LIMIT = 1e-6  # relative: of fp32's tanh and atanh
 _NEUTRAL = {"adapter_scale": 1.0, "adapter_bias": 0.0}  # what a format may add or leave out
 
@@ -113,7 +114,8 @@ def export_foreign(
 def _opens_with(format: str, source: Source, folder: Path) -> str:
     script = "adapter" if source.file.adapter.version == "v1" else "adapter_v2"
     file = min(folder.iterdir())
-    return _OPENED_BY[format].format(base=source.model, folder=folder, file=file, script=script)
+    is_multimodal = format == "llama-adapter" and source.file.adapter.version == "v2"
+    return (_MULTIMODAL if is_multimodal else _OPENED_BY[format]).format(base=source.model, folder=folder, file=file, script=script)
 
 
 def _compare(format: str, source: Source, read: ForeignAdapter) -> None:

@@ -10,12 +10,12 @@ from sparse_llama.training.loop import fit
 
 
 @pytest.mark.parametrize(
-    ("adapter", "lr", "steps"), [("v2", None, 40), pytest.param("v1", 2e-2, 100, marks=pytest.mark.slow)]
+    ("adapter", "lr", "steps"), [("v2", 1e-2, 15), pytest.param("v1", 2e-2, 100, marks=pytest.mark.slow)]
 )
 def test_a_short_run_teaches_the_answers_that_the_base_never_gives(tmp_path: Path, adapter, lr, steps):
     document = json.loads(EMBEDDED.read_text(encoding="utf-8"))
     training = document["sparse_llama"]["training"]
-    training |= {"steps": steps, "samples": 0, "exact_match_records": 45}
+    training |= {"steps": steps, "samples": 0, "exact_match_records": 24}
     del training["eval_every"]
     path = tmp_path / "short.json"
     path.write_text(json.dumps(document), encoding="utf-8")

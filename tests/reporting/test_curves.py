@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -14,8 +15,9 @@ def panel(*curves: Curve, is_log: bool = False) -> Panel:
 
 
 def colors_of(file: Path) -> set[tuple[int, ...]]:
-    pixels = (imread(file)[..., :3] * 255).round().astype(int)
-    return set(map(tuple, pixels.reshape(-1, 3).tolist()))
+    red, green, blue = (imread(file)[..., :3] * 255).round().astype(int).reshape(-1, 3).T
+    found = np.unique((red * 256 + green) * 256 + blue).tolist()
+    return {(color >> 16, color >> 8 & 255, color & 255) for color in found}
 
 
 def test_a_label_has_one_colour_in_all_panels_and_two_labels_have_two(tmp_path: Path):

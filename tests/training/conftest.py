@@ -91,7 +91,7 @@ DOCUMENT: dict[str, Any] = {
         "seq_length": 320,
         "data": {"validation_records": 12},
         "adapter": {"version": "v2", "prompt_length": 4, "start_layer": 1},
-        "training": {"steps": 6, "samples": 1, "max_new_tokens": 4, "exact_match_records": 4},
+        "training": {"steps": 6, "samples": 0},
     },
 }
 
@@ -114,33 +114,48 @@ def merge(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-@pytest.fixture
-def configuration(workplace: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes the small run's JSON with changes and returns its path."""
-
-    def write(**changes: Any) -> Path:
-        here = {
-            "sparse_llama": {
-                # random weights are what this base has, and the setting that says so
-                "model": {"path": str(workplace / "model"), "random_weights": True},
-                "data": {"dataset": str(workplace / "data.jsonl")},
-            }
+def write_configuration(workplace: Path, folder: Path, changes: dict[str, Any]) -> Path:
+    """Write the small run's JSON with changes into ``folder`` and return its path."""
+    here = {
+        "sparse_llama": {
+            # random weights are what this base has, and the setting that says so
+            "model": {"path": str(workplace / "model"), "random_weights": True},
+            "data": {"dataset": str(workplace / "data.jsonl")},
         }
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(merge(merge(DOCUMENT, here), changes)), encoding="utf-8")
-        return path
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps(merge(merge(DOCUMENT, here), changes)), encoding="utf-8")
+    return path
 
-    return write
 
-
-@pytest.fixture
-def train(configuration: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """Runs the small configuration with changes in this process and returns its output folder."""
+def train_in(workplace: Path, folder: Path) -> Callable[..., Path]:
+    """Return a function that runs the small configuration with changes in this process and returns the output
+    folder."""
 
     def run(name: str, flags: dict[str, Any] | None = None, **changes: Any) -> Path:
-        output_dir = tmp_path / name
-        overrides = Overrides(**{"output_dir": output_dir} | (flags or {}))
-        fit(load_run(configuration(**changes), overrides, world_size=1))
-        return output_dir
+        overrides = Overrides(**{"output_dir": folder / name} | (flags or {}))
+        fit(load_run(write_configuration(workplace, folder, changes), overrides, world_size=1))
+        return folder / name
 
     return run
+
+
+@pytest.fixture
+def train(workplace: Path, tmp_path: Path) -> Callable[..., Path]:
+    return train_in(workplace, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def plain_run(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that returns the output folder of a run at stage 0 with changes, for others to be
+    compared with; only the first to ask for some changes waits for it."""
+    train = train_in(workplace, tmp_path_factory.mktemp("plain"))
+    known: dict[str, Path] = {}
+
+    def find(**changes: Any) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in known:
+            known[key] = train(f"run_{len(known)}", **changes)
+        return known[key]
+
+    return find

@@ -15,7 +15,7 @@ from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.model.assemble import plan_of_adapter
 
 Train = Callable[..., Path]
-SHORT: dict[str, Any] = {"training": {"steps": 3, "exact_match_records": 0, "samples": 0}}
+SHORT: dict[str, Any] = {"training": {"steps": 3}}
 NO_BSLONGFORMER = {"num_sliding_window_blocks": REMOVED, "global_block_indices": REMOVED}
 FIXED = {"mode": "fixed", "block": 16, "num_local_blocks": 2, "attention": "unidirectional"}
 

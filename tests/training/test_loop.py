@@ -3,6 +3,7 @@ run."""
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +19,9 @@ BF16 = {"bf16": {"enabled": True}}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_follows_the_loss_curve_of_stage_0_in_fp32(train: Train, stage: int):
+def test_every_stage_follows_the_loss_curve_of_stage_0_in_fp32(train: Train, plain_run: Train, stage: int):
     steps = {"sparse_llama": {"training": {"steps": 20}}}
-    reference = losses(train("stage_0", **steps))
+    reference = losses(plain_run(**steps))
     curve = losses(train("other", zero_optimization={"stage": stage}, **steps))
     assert len(curve) == 20
     assert curve == pytest.approx(reference, rel=1e-5)
@@ -28,15 +29,15 @@ def test_every_stage_follows_the_loss_curve_of_stage_0_in_fp32(train: Train, sta
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_follows_the_loss_curve_of_stage_0_in_bf16(train: Train, stage: int):
-    steps = {"sparse_llama": {"training": {"steps": 20}}}
-    reference = losses(train("stage_0", **BF16, **steps))
+def test_every_stage_follows_the_loss_curve_of_stage_0_in_bf16(train: Train, plain_run: Train, stage: int):
+    steps = {"sparse_llama": {"training": {"steps": 10}}}
+    reference = losses(plain_run(**BF16, **steps))
     curve = losses(train("other", zero_optimization={"stage": stage}, **BF16, **steps))
     assert curve == pytest.approx(reference, rel=5e-3)
 
 
-def test_offloading_follows_the_same_curve(train: Train):
-    reference = losses(train("stage_0"))
+def test_offloading_follows_the_same_curve(train: Train, plain_run: Train):
+    reference = losses(plain_run())
     for stage in (2, 3):
         curve = losses(train(f"offload_{stage}", flags={"zero_stage": stage, "offload": "cpu"}))
         assert curve == pytest.approx(reference, rel=1e-5)
@@ -45,14 +46,14 @@ def test_offloading_follows_the_same_curve(train: Train):
 @pytest.mark.parametrize("packing", [True, False])
 def test_accumulated_unequal_micro_batches_equal_one_big_batch(train: Train, packing: bool):
     """T10: every labelled token of the global batch weighs the same, however it is cut."""
-    data = {"sparse_llama": {"data": {"packing": packing}}}
+    data = {"sparse_llama": {"data": {"packing": packing}, "training": {"steps": 3}}}
     big = losses(train("big", train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=1, **data))
     cut = losses(train("cut", train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=4, **data))
     assert cut == pytest.approx(big, rel=1e-5)
 
 
-def test_checkpointed_activations_change_no_loss(train: Train):
-    plain = losses(train("plain"))
+def test_checkpointed_activations_change_no_loss(train: Train, plain_run: Train):
+    plain = losses(plain_run())
     assert losses(train("checkpointed", activation_checkpointing={})) == pytest.approx(plain, rel=1e-6)
 
 
@@ -76,12 +77,11 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(train: Train, stage: 
     assert all(tensors[name].equal(again[name]) for name in tensors)
 
 
-def test_a_checkpoint_of_one_stage_continues_at_another(train: Train):
-    training = {"sparse_llama": {"training": {"steps": 6, "save_every": 3}}}
-    whole = train("whole", **training)
-    curve = losses(whole)
-    train("whole", flags={"resume": whole / "checkpoints" / "step_000003", "zero_stage": 3}, **training)
-    assert losses(whole) == pytest.approx(curve, rel=1e-5)
+def test_a_checkpoint_of_one_stage_continues_at_another(train: Train, plain_run: Train):
+    training = {"sparse_llama": {"training": {"save_every": 3}}}
+    whole = plain_run(**training)
+    flags = {"resume": whole / "checkpoints" / "step_000003", "zero_stage": 3}
+    assert losses(train("rest", flags, **training)) == pytest.approx(losses(whole)[3:], rel=1e-5)
 
 
 def test_every_trainable_tensor_moves_in_bf16(train: Train):
@@ -99,7 +99,8 @@ def test_every_trainable_tensor_moves_in_bf16(train: Train):
 
 
 def test_the_summary_holds_what_others_script_against(train: Train):
-    output_dir = train("run")
+    looks = {"samples": 1, "max_new_tokens": 4, "exact_match_records": 4}
+    output_dir = train("run", sparse_llama={"training": looks})
     summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
     for key in [
         "trainable_parameters",
@@ -131,10 +132,11 @@ def test_the_summary_holds_what_others_script_against(train: Train):
 
 
 def test_monitors_receive_a_scalar_per_step(train: Train):
-    output_dir = train("run", tensorboard={"enabled": True}, csv_monitor={"enabled": True})
+    monitors = {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True}}
+    output_dir = train("run", sparse_llama={"training": {"steps": 3}}, **monitors)
     assert list(output_dir.rglob("events.*"))
     csv = next(path for path in output_dir.rglob("*.csv") if "train_loss" in path.name)
-    assert len(csv.read_text(encoding="utf-8").splitlines()) == 1 + 6
+    assert len(csv.read_text(encoding="utf-8").splitlines()) == 1 + 3
 
 
 def test_an_optimizer_that_needs_a_gpu_is_refused_on_the_cpu(train: Train):
@@ -145,30 +147,28 @@ def test_an_optimizer_that_needs_a_gpu_is_refused_on_the_cpu(train: Train):
         train("run", optimizer={"type": "Lion", "params": {"lr": 1e-3}})
 
 
-def test_the_same_tensors_are_saved_to_the_same_bytes_at_every_stage(train: Train):
+def test_the_same_tensors_are_saved_to_the_same_bytes_at_every_stage(train: Train, plain_run: Train):
     """What is exported is a function of these two files alone."""
-    training = {"sparse_llama": {"training": {"steps": 3, "exact_match_records": 0, "samples": 0}}}
-    written = train("stage_0", **training)
+    written = plain_run()
     for stage in (1, 2, 3):
-        flags = {"resume": written / "checkpoints" / "step_000003", "zero_stage": stage}
-        again = train(f"stage_{stage}", flags=flags, **training)
+        flags = {"resume": written / "checkpoints" / "step_000006", "zero_stage": stage}
+        again = train(f"stage_{stage}", flags=flags)
         for name in ("adapter.safetensors", "adapter_config.json"):
             assert (again / "adapter" / name).read_bytes() == (written / "adapter" / name).read_bytes(), stage
 
 
-def test_a_checkpoint_beyond_the_run_is_refused(train: Train):
-    training = {"steps": 4, "exact_match_records": 0, "samples": 0}
-    written = train("run", sparse_llama={"training": training})
-    with pytest.raises(CheckpointError, match=r"step_000004: stands at step 4, beyond the 3 of this run"):
-        train("run", flags={"resume": "auto"}, sparse_llama={"training": training | {"steps": 3}})
-    assert (written / "summary.json").exists()
+def test_a_checkpoint_beyond_the_run_is_refused(train: Train, plain_run: Train, tmp_path: Path):
+    shutil.copytree(plain_run(), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"step_000006: stands at step 6, beyond the 3 of this run"):
+        train("run", flags={"resume": "auto"}, sparse_llama={"training": {"steps": 3}})
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_layout_that_hides_nothing_from_any_document_is_said(
     train: Train, capsys: pytest.CaptureFixture[str]
 ):
     """The density is that of a whole row; packed documents are shorter, and may all be causal under it."""
-    training = {"steps": 3, "exact_match_records": 0, "samples": 0}
+    training = {"steps": 3}
     train("sparse", sparse_llama={"training": training})
     assert "no document is longer than" not in capsys.readouterr().out
     wide = {"mode": "fixed", "num_local_blocks": 24}
