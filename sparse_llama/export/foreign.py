@@ -115,7 +115,9 @@ def _opens_with(format: str, source: Source, folder: Path) -> str:
     script = "adapter" if source.file.adapter.version == "v1" else "adapter_v2"
     file = min(folder.iterdir())
     is_multimodal = format == "llama-adapter" and source.file.adapter.version == "v2"
-    return (_MULTIMODAL if is_multimodal else _OPENED_BY[format]).format(base=source.model, folder=folder, file=file, script=script)
+    return (_MULTIMODAL if is_multimodal else _OPENED_BY[format]).format(
+        base=source.model, folder=folder, file=file, script=script
+    )
 
 
 def _compare(format: str, source: Source, read: ForeignAdapter) -> None:

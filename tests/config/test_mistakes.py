@@ -104,8 +104,8 @@ WRONG: list[tuple[str, Any, str]] = [
     (
         "sparse_llama.adapter.bias",
         ["q"],
-        "must be true, false, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, got "
-        '["q"]',
+        "must be true, false, or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, "
+        'got ["q"]',
     ),
     ("sparse_llama.adapter.lm_head", "all", 'must be true, false, "scale" or "bias", got "all"'),
     (
