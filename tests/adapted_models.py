@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
+from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
 from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, write_adapter_folder
 from sparse_llama.attention.interface import attach_attention, plan_attention
 from sparse_llama.config.layers import LayerSparsities
@@ -51,6 +51,14 @@ def shake(model: LlamaForCausalLM, noise: float = 0.4) -> LlamaForCausalLM:
     for _, parameter in trainable_parameters(model):
         parameter.data += noise * torch.randn(parameter.shape, generator=generator).to(parameter)
     return model
+
+
+def trainable_state(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """Return fp32 copies, on the CPU, of what trains."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in trainable_parameters(model)
+    }
 
 
 def save_adapted(folder: Path, base: str, *, version: str, block: dict[str, Any] | None = None) -> None:

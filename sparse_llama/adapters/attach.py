@@ -71,15 +71,6 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return fp32 copies, on the CPU, of what trains; for a model whose parameters are whole (not under
-    ZeRO-3)."""
-    return {
-        name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in trainable_parameters(model)
-    }
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the optimizer's groups: prompts with ``weight_decay``, everything else without.
 

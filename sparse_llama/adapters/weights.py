@@ -167,6 +167,3 @@ def _replace(path: Path, write: Any) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     write(unfinished)
     unfinished.replace(path)
-
-
-load_adapter, save_adapter = read_adapter_folder, write_adapter_folder

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import adapt
+from adapted_models import adapt, trainable_state
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_llama.adapters.attach import (
@@ -12,7 +12,6 @@ from sparse_llama.adapters.attach import (
     first_trained_layer,
     parameter_groups,
     trainable_parameters,
-    trainable_state,
 )
 from sparse_llama.adapters.bank import disable_adapters
 from sparse_llama.config.settings import AdapterSettings

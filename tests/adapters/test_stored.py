@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import adapt, shake, tokens
+from adapted_models import adapt, shake, tokens, trainable_state
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -17,7 +17,7 @@ from sparse_llama.adapters import (
     save_adapter,
     set_adapter,
 )
-from sparse_llama.adapters.attach import trainable_parameters, trainable_state
+from sparse_llama.adapters.attach import trainable_parameters
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.errors import CheckpointError, ConfigError
 

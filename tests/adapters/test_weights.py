@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from adapted_models import adapt, tokens
+from adapted_models import adapt, tokens, trainable_state
 
-from sparse_llama.adapters.attach import trainable_parameters, trainable_state
+from sparse_llama.adapters.attach import trainable_parameters
 from sparse_llama.adapters.weights import (
     AdapterFile,
     BaseModelReference,

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import adapt
+from adapted_models import adapt, trainable_state
 from exported_runs import BUNDLED, MASTER_LENGTH, VOCAB_SIZE, TrainedRun
 from transformers import LlamaForCausalLM
 
-from sparse_llama.adapters.attach import trainable_state
 from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, write_adapter_folder
 from sparse_llama.config.settings import AdapterSettings, Settings
 from sparse_llama.config.sparsity import parse_sparsity

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from adapted_models import tokens
+from adapted_models import tokens, trainable_state
 from exported_runs import BUNDLED, LAYOUT, MASTER_LENGTH, VOCAB_SIZE, ids, open_export
 from oracles.adapter_formula import adapted_logits
 from oracles.masked_attention import relative_error
@@ -326,7 +326,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_written(traine
 @pytest.mark.real_data
 def test_stories260k_with_an_adapter_exports(shared, trained_run, tmp_path):
     run = trained_run("v1")
-    from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
+    from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
     from sparse_llama.adapters.weights import read_adapter_folder, write_adapter_folder
     from sparse_llama.attention.interface import AttentionPlan, attach_attention
     from sparse_llama.model.llama import load_llama

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted_models import trainable_state
 
 from sparse_llama import cli
 from sparse_llama.adapters.interop import FOREIGN
@@ -23,7 +24,7 @@ LAYOUT = {"mode": "bslongformer", "block": 16, "num_sliding_window_blocks": 5, "
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """Return the folder of a run on the bundled model: v2, sparse, bf16, tensors away from their start."""
-    from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
+    from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
     from sparse_llama.attention.interface import attach_attention, plan_attention
     from sparse_llama.model.llama import load_llama
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from adapted_models import trainable_state
 from deepspeed.utils import logger, safe_get_full_grad
 
 from sparse_llama.adapters.attach import (
@@ -19,7 +20,6 @@ from sparse_llama.adapters.attach import (
     first_trained_layer,
     parameter_groups,
     trainable_parameters,
-    trainable_state,
 )
 from sparse_llama.attention.interface import AttentionPlan, attach_attention
 from sparse_llama.config.settings import AdapterSettings

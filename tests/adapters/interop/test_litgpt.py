@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import shake, tokens
+from adapted_models import shake, tokens, trainable_state
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from sparse_llama.adapters.attach import attach_adapters, trainable_parameters, trainable_state
+from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
 from sparse_llama.adapters.interop import read_foreign, write_foreign
 from sparse_llama.config.settings import AdapterSettings
 

@@ -7,10 +7,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapted_models import shake, tokens
+from adapted_models import shake, tokens, trainable_state
 from transformers import LlamaForCausalLM
 
-from sparse_llama.adapters.attach import attach_adapters, trainable_state
+from sparse_llama.adapters.attach import attach_adapters
 from sparse_llama.adapters.interop import read_foreign, recognise, write_foreign
 from sparse_llama.adapters.weights import apply_adapter
 from sparse_llama.config.settings import AdapterSettings

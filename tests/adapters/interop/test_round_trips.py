@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import shake
+from adapted_models import shake, trainable_state
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_llama.adapters.attach import attach_adapters, trainable_state
+from sparse_llama.adapters.attach import attach_adapters
 from sparse_llama.adapters.interop import read_foreign, write_foreign
 from sparse_llama.config.settings import AdapterSettings
 

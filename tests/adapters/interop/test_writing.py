@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import shake
+from adapted_models import shake, trainable_state
 from safetensors.torch import load_file
 
-from sparse_llama.adapters.attach import attach_adapters, trainable_state
+from sparse_llama.adapters.attach import attach_adapters
 from sparse_llama.adapters.interop import FOREIGN, read_foreign, write_foreign
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import CheckpointError, ExportError
