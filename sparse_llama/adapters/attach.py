@@ -127,7 +127,7 @@ def _wrap(model: LlamaForCausalLM, settings: AdapterSettings) -> None:
     if _keeps_norms_input(settings) and type(model.model.norm) is LlamaRMSNorm:
         model.model.norm = AdaptedRMSNorm(model.model.norm)
     if "lm_head" in settings.scaled | settings.biased and type(model.lm_head) is nn.Linear:
-        model.lm_head = ScaleBiasLinear(model.lm_head, is_rotated=True)
+        model.lm_head = ScaleBiasLinear(model.lm_head, becomes="logits")
     for index in settings.prompt_layers(len(layers)):
         attention = layers[index].self_attn
         if not hasattr(attention, "zero_init"):
@@ -148,7 +148,7 @@ def _wrap_parts(module: nn.Module, settings: AdapterSettings) -> None:
         elif type(child) is LlamaRMSNorm and _keeps_norms_input(settings):
             wrapped = AdaptedRMSNorm(child)
         elif type(child) is nn.Linear and name in settings.scaled | settings.biased:
-            wrapped = ScaleBiasLinear(child, is_rotated=name in _ROTATED)
+            wrapped = ScaleBiasLinear(child, becomes="rotated" if name in _ROTATED else "kept")
         if wrapped is not child:
             setattr(module, name, wrapped)
         _wrap_parts(wrapped, settings)

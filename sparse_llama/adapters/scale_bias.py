@@ -10,8 +10,10 @@ keeps anyway:
 
     v, gate, up     the output, sum(grad * y) / scale: attention keeps v, the MLP's product its two factors
     o, down         the output too; mlp.py keeps one tensor less, which pays for both
-    q, k, the head  the input: attention keeps q and k rotated, the loss keeps no logits. z is computed again,
-                    2 in * out operations per token, and so is the input where it comes from a norm (norm.py)
+    q, k            attention keeps them rotated. In 16 bits the output: norm.py keeps 2C bytes per norm where
+                    transformers' keeps 4C, which pays for both. In fp32 the input, as the head
+    the head        the input: the loss keeps no logits. z is computed again, 2 in * out operations per token,
+                    and so is the input where it comes from a norm
 
 Scaling costs a pass over the product, folding the scale into W one over the weight: whichever is smaller is
 done, and a folded weight lives as long as its product takes.
@@ -20,7 +22,7 @@ done, and a folded weight lives as long as its product takes.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from sparse_llama.adapters.norm import Normed, normalise, normed_from
 from sparse_llama.attention.core import statistics_dtype
+
+Becomes = Literal["kept", "rotated", "logits"]
 
 _SLICE = 1 << 23  # numbers whose fp32 copies and sums are made at a time: 32 MiB, not T x F, and in a cache
 _SLICE_ROWS = 512  # but no fewer rows, or a product over them would spend its time reading the weight
@@ -41,17 +45,17 @@ class ScaleBiasLinear(nn.Linear):
     embedding stays tied, a ZeRO-3 partition stays one, and the base's names in a state dict do not change.
 
     Args:
-        is_rotated: nobody keeps this layer's output as it is; the scale's gradient starts from the input.
+        becomes: what the output becomes that others keep: it stays as it is, is rotated, or is logits.
     """
 
     adapter_scale: nn.Parameter | None
     adapter_bias: nn.Parameter | None
 
-    def __init__(self, base: nn.Linear, *, is_rotated: bool = False) -> None:
+    def __init__(self, base: nn.Linear, *, becomes: Becomes = "kept") -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and initialise a second weight
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.is_rotated = is_rotated
+        self.becomes: Becomes = becomes
         self.register_parameter("adapter_scale", None)
         self.register_parameter("adapter_bias", None)
 
@@ -79,7 +83,8 @@ class ScaleBiasLinear(nn.Linear):
             return _scaled_linear(input, weight, total, scale.to(weight.dtype))
         if _any_trains(weight, bias):  # no adapter's business, but their gradients must not get lost
             return F.linear(input, weight, total) * scale.to(weight.dtype)
-        return _ScaledLinear.apply(input, weight, bias, scale, shift, self.is_rotated, normed)
+        keeps_output = self.becomes == "kept" or (self.becomes == "rotated" and weight.dtype.itemsize < 4)
+        return _ScaledLinear.apply(input, weight, bias, scale, shift, keeps_output, normed)
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -93,10 +98,10 @@ class _ScaledLinear(torch.autograd.Function):
         bias: torch.Tensor | None,  # (out,), the base's
         scale: torch.Tensor,  # (out,)
         shift: torch.Tensor | None,  # (out,), the adapter's
-        is_rotated: bool,
+        keeps_output: bool,
         normed: Normed | None,
     ) -> torch.Tensor:
-        ctx.divides = ctx.needs_input_grad[3] and not is_rotated
+        ctx.divides = ctx.needs_input_grad[3] and keeps_output
         factor = _factor(scale, weight.dtype, is_divisor=ctx.divides)
         output = _scaled_linear(input, weight, _total_bias(bias, shift, weight.dtype), factor)
         kept: tuple[torch.Tensor, ...] = ()

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparse_llama.adapters import scale_bias
 from sparse_llama.adapters.norm import AdaptedRMSNorm
-from sparse_llama.adapters.scale_bias import ScaleBiasLinear
+from sparse_llama.adapters.scale_bias import Becomes, ScaleBiasLinear
 
 IN, OUT = 24, 16
 FEW, MANY = 5, 60  # rows: fewer and more than IN, where the weight is folded
@@ -27,7 +27,7 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
 def make_layer(
     dtype: torch.dtype = torch.float64,
     *,
-    is_rotated: bool = False,
+    becomes: Becomes = "kept",
     has_bias: bool = True,
     parts: str = "both",
     is_trained: bool = True,
@@ -36,7 +36,7 @@ def make_layer(
     base.weight.copy_(random(OUT, IN, seed=0) / 5)
     if has_bias:
         base.bias.copy_(random(OUT, seed=1))
-    layer = ScaleBiasLinear(base, is_rotated=is_rotated)
+    layer = ScaleBiasLinear(base, becomes=becomes)
     for seed, (name, parameter) in enumerate(layer.new_parameters(*PARTS[parts]).items()):
         if is_trained:
             parameter.data = random(OUT, seed=2 + seed).to(dtype)
@@ -81,24 +81,24 @@ def check_against_formula(layer: ScaleBiasLinear, num_rows: int, tolerance: floa
 
 
 @pytest.mark.parametrize("num_rows", [FEW, MANY])
-@pytest.mark.parametrize("is_rotated", [False, True])
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("parts", PARTS)
-def test_values_and_gradients_are_the_formulas(parts, has_bias, is_rotated, num_rows):
-    layer = make_layer(parts=parts, has_bias=has_bias, is_rotated=is_rotated)
+def test_values_and_gradients_are_the_formulas(parts, has_bias, becomes, num_rows):
+    layer = make_layer(parts=parts, has_bias=has_bias, becomes=becomes)
     check_against_formula(layer, num_rows, ROUNDING[torch.float64])
 
 
 @pytest.mark.parametrize("num_rows", [FEW, MANY])
-@pytest.mark.parametrize("is_rotated", [False, True])
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_and_gradients_are_the_formulas_but_for_rounding(dtype, is_rotated, num_rows):
-    check_against_formula(make_layer(dtype, is_rotated=is_rotated), num_rows, ROUNDING[dtype])
+def test_values_and_gradients_are_the_formulas_but_for_rounding(dtype, becomes, num_rows):
+    check_against_formula(make_layer(dtype, becomes=becomes), num_rows, ROUNDING[dtype])
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
-def test_finite_differences_agree_also_where_a_scale_is_zero(is_rotated):
-    layer = make_layer(is_rotated=is_rotated)
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
+def test_finite_differences_agree_also_where_a_scale_is_zero(becomes):
+    layer = make_layer(becomes=becomes)
     scale, shift = random(OUT, seed=2).double(), random(OUT, seed=3).double()
     scale[::3] = 0.0
 
@@ -153,9 +153,9 @@ def test_fp32_masters_over_a_16_bit_base_start_as_the_base_and_get_fp32_gradient
         assert parameter.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
-def test_an_input_that_needs_no_gradient_gets_none(is_rotated):
-    layer, x = make_layer(is_rotated=is_rotated), random(FEW, IN, seed=8).double()
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
+def test_an_input_that_needs_no_gradient_gets_none(becomes):
+    layer, x = make_layer(becomes=becomes), random(FEW, IN, seed=8).double()
     layer(x).pow(2).sum().backward()
     expected, leaves = formula(layer, x)
     expected.pow(2).sum().backward()
@@ -182,12 +182,12 @@ def test_a_base_that_trains_gets_its_gradient():
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
-def test_16_bit_gradients_are_summed_over_rows_in_fp32(monkeypatch, is_rotated):
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
+def test_16_bit_gradients_are_summed_over_rows_in_fp32(monkeypatch, becomes):
     """A bf16 sum stands still at 256: 256 + 1 rounds to 256."""
     monkeypatch.setattr(scale_bias, "_SLICE", 1)
     monkeypatch.setattr(scale_bias, "_SLICE_ROWS", 1)  # every row is a slice of its own
-    layer = make_layer(torch.bfloat16, is_rotated=is_rotated, has_bias=False, is_trained=False)
+    layer = make_layer(torch.bfloat16, becomes=becomes, has_bias=False, is_trained=False)
     layer.weight.data = torch.zeros(OUT, IN, dtype=torch.bfloat16)
     layer.weight.data[:, 0] = 1.0  # z = x_0
     x = torch.ones(600, IN, dtype=torch.bfloat16)
@@ -196,33 +196,33 @@ def test_16_bit_gradients_are_summed_over_rows_in_fp32(monkeypatch, is_rotated):
     assert layer.get_parameter("adapter_bias").grad.tolist() == [600.0] * OUT  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
-def test_products_too_small_for_fp16_are_not_lost_from_their_sum(is_rotated):
-    layer = make_layer(torch.float16, is_rotated=is_rotated, parts="scale", is_trained=False, has_bias=False)
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
+def test_products_too_small_for_fp16_are_not_lost_from_their_sum(becomes):
+    layer = make_layer(torch.float16, becomes=becomes, parts="scale", is_trained=False, has_bias=False)
     layer.weight.data = torch.eye(OUT, IN, dtype=torch.float16)  # z = x
     x = torch.full((64, IN), 2**-12, dtype=torch.float16)
     layer(x).backward(torch.full((64, OUT), 2**-14, dtype=torch.float16))  # 2^-26 is 0 in fp16
     assert layer.get_parameter("adapter_scale").grad.tolist() == [2**-20] * OUT  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
-def test_slices_of_rows_sum_to_the_whole(monkeypatch, is_rotated):
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
+def test_slices_of_rows_sum_to_the_whole(monkeypatch, becomes):
     monkeypatch.setattr(scale_bias, "_SLICE", 1)
     monkeypatch.setattr(scale_bias, "_SLICE_ROWS", 7)  # 60 rows: the last slice is shorter
-    check_against_formula(make_layer(is_rotated=is_rotated), MANY, ROUNDING[torch.float64])
+    check_against_formula(make_layer(becomes=becomes), MANY, ROUNDING[torch.float64])
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
 @pytest.mark.parametrize("has_norm", [False, True])
-def test_only_one_tensor_is_kept_and_it_is_somebody_elses(has_norm, is_rotated):
+def test_only_one_tensor_is_kept_and_it_is_somebody_elses(has_norm, becomes):
     """The output, which attention or the product keeps; or what a norm keeps, or else the input."""
-    layer = make_layer(torch.float32, is_rotated=is_rotated)
+    layer = make_layer(torch.float32, becomes=becomes)
     norm = AdaptedRMSNorm(LlamaRMSNorm(IN)) if has_norm else nn.Identity()
     model = nn.Sequential(norm, layer)
     hidden = random(FEW, IN, seed=8).requires_grad_()
     kept = kept_for_backward(lambda: model(hidden), model)
-    is_output = {True: [hidden], False: [model(hidden)]}[is_rotated]
-    expected = ([hidden] if has_norm else []) + ([] if has_norm and is_rotated else is_output)
+    is_output = {"logits": [hidden], "kept": [model(hidden)]}[becomes]
+    expected = ([hidden] if has_norm else []) + ([] if has_norm and becomes == "logits" else is_output)
     assert len(kept) == len(expected)
     for actual, other in zip(kept, expected, strict=True):
         assert torch.equal(actual, other)
@@ -233,7 +233,7 @@ def test_after_a_norm_the_gradients_are_plain_autograds(dtype):
     """The rotated layer makes its input anew from the norm's."""
     norm = LlamaRMSNorm(IN).to(dtype)
     norm.weight.data += random(IN, seed=6).to(dtype)
-    layer = make_layer(dtype, is_rotated=True)
+    layer = make_layer(dtype, becomes="logits")
     hidden = 3 * random(2, MANY, IN, seed=8, dtype=dtype)
     layer(AdaptedRMSNorm(norm)(hidden)).pow(2).sum().backward()
 
@@ -246,9 +246,9 @@ def test_after_a_norm_the_gradients_are_plain_autograds(dtype):
         assert relative_error(layer.get_parameter(name).grad, leaf.grad) < ROUNDING[dtype], name
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
-def test_under_autocast_it_computes_in_16_bits_and_its_parameters_stay_fp32(is_rotated):
-    layer = make_layer(torch.float32, is_rotated=is_rotated)
+@pytest.mark.parametrize("becomes", ["kept", "logits"])
+def test_under_autocast_it_computes_in_16_bits_and_its_parameters_stay_fp32(becomes):
+    layer = make_layer(torch.float32, becomes=becomes)
     norm = AdaptedRMSNorm(LlamaRMSNorm(IN))
     hidden = random(MANY, IN, seed=8).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -48,7 +48,7 @@ def test_logits_and_gradients_are_the_formulas(tiny_llama, variant, dtype, num_r
     expected = adapted_logits(given, model.config, ids)
     token_loss(expected, ids).backward()
 
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     model.to("cuda")
