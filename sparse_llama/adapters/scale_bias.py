@@ -34,8 +34,8 @@ from sparse_llama.attention.core import statistics_dtype
 
 Becomes = Literal["kept", "rotated", "logits"]
 
-# Numbers whose fp32 copies and products are made and summed at a time, not T x F: few enough for a CPU's cache
-# (2,048 x 11,008 in 13 ms in place of 44), enough for a GPU to be busy.
+# Numbers whose fp32 copies and products are made and summed at a time, not T x F: few enough for a CPU's
+# cache (2,048 x 11,008 in 13 ms in place of 44), enough for a GPU to be busy.
 _SLICE, _SLICE_ON_GPU = 1 << 20, 1 << 23
 _SLICE_ROWS = 512  # but no fewer rows, or a product over them would spend its time reading the weight
 
