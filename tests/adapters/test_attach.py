@@ -72,7 +72,7 @@ ORIGINAL_V2: dict[str, Any] = {
     ],
 )
 def test_llama_7b_trains_as_many_parameters_as_the_reference(settings, count):
-    """notes of the field: lit-llama, PEFT and the original count what they train."""
+    """lit-llama, PEFT and the original count what they train."""
     config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
