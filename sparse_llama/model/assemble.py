@@ -1,8 +1,7 @@
 """A model ready to train or to use, its parts put together in the one order that is right.
 
 Base, then attention, then adapters, then checkpointing: the adapters take over the attention they find, and
-    checkpointing
-starts at the lowest layer that the adapters left to train.
+checkpointing starts at the lowest layer that the adapters left to train.
 """
 
 import filecmp

@@ -1,8 +1,7 @@
 """Where a base model's files are, and its tensors one shard at a time.
 
 Two formats: ``safetensors``, and ``.bin`` shards read with ``weights_only=True``. Both are memory-mapped, so
-    a tensor costs
-host memory only while it is copied.
+a tensor costs host memory only while it is copied.
 """
 
 import json

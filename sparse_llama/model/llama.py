@@ -2,9 +2,8 @@
 checkpoint in it.
 
 A base that is not loaded trains without an error: its loss falls from 0.9 ln V or more, and its perplexity is
-    V. So a
-missing, unexpected or misshapen tensor ends the run here, and ``model/checks.py`` looks at the first logits
-and loss.
+V. So a missing, unexpected or misshapen tensor ends the run here, and ``model/checks.py`` looks at the first
+logits and loss.
 """
 
 import json

@@ -1,8 +1,7 @@
 """LLaMA with LLaMA-Adapter v1 and v2 written out once more, from the formulas, in plain fp64 tensors.
 
 No module, no kernel, no cache: each token attends by an explicit mask, the prompt by its own softmax. The
-    weights are a
-table by state-dict name; autograd gives the gradients.
+weights are a table by state-dict name; autograd gives the gradients.
 """
 
 from typing import Any
