@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from sparse_llama.adapters.merge import head_gates
 from sparse_llama.adapters.zero_init import GateActivation, ZeroInitAttention
 from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.settings import AdapterSettings
@@ -57,9 +58,22 @@ class AdapterBank:
         return nn.Parameter(own.detach().to(dtype, copy=True))
 
     def add(self, model: LlamaForCausalLM, name: str, adapter: NamedAdapter) -> None:
-        """Take in an adapter and make it the only active one."""
+        """Take in an adapter, in place of one of the same name, and make it the only active one."""
+        if name in self.adapters:
+            self.remove(model, name)  # or what only the old one has would stay installed
         self.adapters[name] = adapter
         self.activate(model, {name: 1.0})
+
+    def find(self, name: str, asked_by: str) -> NamedAdapter:
+        """Return an adapter by its name, or raise ConfigError, which says who asked and what there is."""
+        if name not in self.adapters:
+            raise ConfigError(f"{asked_by}: no adapter is called {name!r}; there are {self.names}")
+        return self.adapters[name]
+
+    @property
+    def names(self) -> str:
+        """The adapters' names, for a message."""
+        return ", ".join(map(repr, self.adapters))
 
     def remove(self, model: LlamaForCausalLM, name: str) -> None:
         """Forget an adapter; where it was active, none is."""
@@ -115,9 +129,9 @@ class AdapterBank:
             for path, parameter in adapter.parameters.items():
                 owner, _, kind = path.rpartition(".")
                 if kind == "prompt":
-                    gate = adapter.parameters[f"{owner}.gate"].detach().float()
-                    gate = gate.tanh() if adapter.settings.gate_activation == "tanh" else gate
-                    gates = (weight * gate).expand(model.config.num_attention_heads)
+                    gate = adapter.parameters[f"{owner}.gate"].detach()
+                    is_tanh = adapter.settings.gate_activation == "tanh"
+                    gates = weight * head_gates(gate, model.config.num_attention_heads, is_tanh=is_tanh)
                     prompts.setdefault(owner, []).append((parameter.detach().float(), gates))
                 elif kind != "gate":
                     start = self._start(path, parameter)
@@ -153,12 +167,10 @@ def set_adapter(model: LlamaForCausalLM, chosen: str | Mapping[str, float]) -> N
     """
     bank = require_bank(model)
     weights = {chosen: 1.0} if isinstance(chosen, str) else {name: float(w) for name, w in chosen.items()}
-    for name in weights:
-        if name not in bank.adapters:
-            raise ConfigError(f"set_adapter: no adapter is called {name!r}; there are {_names(bank)}")
+    layouts = {_layouts(bank.find(name, "set_adapter").plan) for name in weights}
     if not weights:
         raise ConfigError("set_adapter: no adapter is named; disable_adapters(model) leaves all out")
-    if len({_layouts(bank.adapters[name].plan) for name in weights}) > 1:
+    if len(layouts) > 1:
         raise ConfigError(
             f"set_adapter: {', '.join(weights)} were trained with different attention layouts; mix adapters "
             "of one layout"
@@ -189,8 +201,7 @@ def delete_adapter(model: LlamaForCausalLM, name: str) -> None:
         ConfigError: there is no such adapter.
     """
     bank = require_bank(model)
-    if name not in bank.adapters:
-        raise ConfigError(f"delete_adapter: no adapter is called {name!r}; there are {_names(bank)}")
+    bank.find(name, "delete_adapter")
     bank.remove(model, name)
 
 
@@ -219,7 +230,3 @@ def _device(model: LlamaForCausalLM, owner: str) -> torch.device:
         return model.lm_head.weight.device
     layer = ".".join(owner.split(".")[:3])
     return model.get_submodule(layer).self_attn.q_proj.weight.device  # type: ignore[union-attr,return-value]
-
-
-def _names(bank: AdapterBank) -> str:
-    return ", ".join(map(repr, bank.adapters))

@@ -188,15 +188,10 @@ def _chosen(bank: AdapterBank, name: str | None) -> NamedAdapter:
     if name is None:
         if len(bank.active) != 1:
             raise ConfigError(
-                f"save_adapter: {len(bank.active)} adapters are active; name one of "
-                f"{', '.join(map(repr, bank.adapters))}"
+                f"save_adapter: {len(bank.active)} adapters are active; name one of {bank.names}"
             )
         (name,) = bank.active
-    if name not in bank.adapters:
-        raise ConfigError(
-            f"save_adapter: no adapter is called {name!r}; there are {', '.join(map(repr, bank.adapters))}"
-        )
-    return bank.adapters[name]
+    return bank.find(name, "save_adapter")
 
 
 def _dtype_name(dtype: torch.dtype | str | None) -> str:

@@ -94,6 +94,20 @@ def test_an_error_within_the_block_brings_the_adapter_back(tiny_llama):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize(("old", "new"), [("v2", "v1"), ("v2", "biases"), ("v1", "top")])
+def test_one_of_the_same_name_is_replaced_with_all_its_parts(tiny_llama, old, new):
+    """Or a scale that the new one has not would go on scaling."""
+    model = tiny_llama()
+    add(model, old)
+    attach_adapters(model, AdapterSettings.parse(VARIANTS[new]), name=old, seed=1)
+    generator = torch.Generator().manual_seed(sum(map(ord, new)))
+    for parameter in require_bank(model).adapters[old].parameters.values():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    assert torch.equal(logits(model), alone(tiny_llama, new))
+    with disable_adapters(model):
+        torch.testing.assert_close(logits(model), logits(tiny_llama()))
+
+
 def test_an_adapter_keeps_its_parameters_for_its_optimizer(tiny_llama):
     """Or training one, looking at another and training on would move nothing."""
     model = tiny_llama()
