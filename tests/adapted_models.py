@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from sparse_llama.adapters.attach import attach_adapters, trainable_parameters
@@ -82,3 +83,8 @@ def save_adapted(folder: Path, base: str, *, version: str, block: dict[str, Any]
 
 def tokens(num_rows: int = 2, num_tokens: int = 9, vocabulary: int = 61) -> torch.Tensor:
     return torch.randint(vocabulary, (num_rows, num_tokens), generator=torch.Generator().manual_seed(5))
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Return (B, T) labels as what each token predicts: the label of the next one, at the end nothing."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)

@@ -170,12 +170,14 @@ def attention_core(
     key: torch.Tensor,
     position_ids: torch.Tensor | None,
     scaling: float,
+    heads: range | None = None,
 ) -> AttentionCore:
     """Return the core for one call of one layer.
 
     Args:
         module: the LlamaAttention, which points to its plan.
         position_ids: (B, T) or (1, T), 0 where a document starts; None is one document a row.
+        heads: the layer's query heads that ``query`` holds, by which a layout knows them; None is all.
     """
     plan: AttentionPlan = module.attention_plan  # type: ignore[assignment]
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -184,4 +186,6 @@ def attention_core(
         return DecodingCore(plan.layout(layer, key.shape[2]), scaling)
     documents = plan.documents(position_ids, num_rows, num_tokens)
     layout = plan.layout(layer, documents.longest)
+    if layout is not None and heads is not None:
+        layout = layout.for_heads(heads)
     return make_core(layout, documents, query, scaling=scaling, backend=plan.backend)

@@ -7,6 +7,7 @@ is Adam over fp32 masters of what trains.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -16,6 +17,7 @@ from sparse_llama.benchmark.peak import extra_bytes
 from sparse_llama.benchmark.shapes import Shape
 from sparse_llama.benchmark.timing import Contender, Times, time_in_turns
 from sparse_llama.config.deepspeed import ActivationCheckpointing
+from sparse_llama.data.packing import IGNORED
 from sparse_llama.errors import ModelError
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.model.objective import TokenLoss
@@ -74,6 +76,7 @@ class TrainingStep:
     def __init__(self, name: str, llama: LlamaForCausalLM, rows: torch.Tensor, error: float = 0.0) -> None:
         self.name, self.llama, self.rows, self.error = name, llama.train(), rows, error  # rows: (B, T)
         self.positions = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        self.shift_labels = F.pad(rows[:, 1:], (0, 1), value=IGNORED)
         self.loss = TokenLoss(llama)
         self.parameters = [parameter for _, parameter in trainable_parameters(llama)]
         # bf16 holds three digits: a scale near 1 would stay where it is. An fp32 parameter is its own master.
@@ -88,7 +91,7 @@ class TrainingStep:
     def forward(self) -> torch.Tensor:
         """Return the 0-dim mean loss."""
         num_predicted = self.rows.numel() - self.rows.shape[0]
-        return self.loss(self.rows, self.positions, self.rows) / num_predicted
+        return self.loss(self.rows, self.positions, self.shift_labels) / num_predicted
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute the gradients and step the optimizer."""

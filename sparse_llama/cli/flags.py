@@ -73,7 +73,30 @@ def add_run_flags(flags: argparse.ArgumentParser) -> None:
         choices=("none", "cpu", "nvme"),
         help="stages 1 and 2: the optimizer, to cpu; stage 3: optimizer and parameters, to cpu or nvme",
     )
-    add("--nvme_path", type=Path, metavar="DIR", help="folder on the drive for --offload nvme")
+    add(
+        "--checkpointing",
+        choices=("none", "gpu", "cpu", "nvme"),
+        help="keep only layers' inputs for the backward pass, and where: beside the model, in host memory, "
+        "on a drive",
+    )
+    add(
+        "--number_checkpoints", type=int, metavar="N", help="layer inputs to keep: every k-th, k = layers / N"
+    )
+    add("--loss_tile", type=int, metavar="N", help="labelled tokens whose logits exist at a time; 0 is all")
+    add("--mlp_tile", type=int, metavar="N", help="tokens in an MLP at a time; 0 is all")
+    add("--norm_tile", type=int, metavar="N", help="tokens in a norm at a time; 0 is all")
+    add(
+        "--head_groups",
+        type=int,
+        metavar="N",
+        help="groups of heads, one at a time; 0 is transformers' layer",
+    )
+    add(
+        "--nvme_path",
+        type=Path,
+        metavar="DIR",
+        help="folder on the drive, for --offload nvme and --checkpointing nvme",
+    )
     add(
         "--output_dir", type=Path, metavar="DIR", help="where results go (default: runs/NAME of the document)"
     )

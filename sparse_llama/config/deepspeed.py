@@ -70,9 +70,9 @@ class ActivationCheckpointing(Section):
     )
     cpu_checkpointing: bool = False
     """Keep the layers' inputs in host memory."""
-    number_checkpoints: Annotated[
-        int | None, only(None, "every decoder layer is a checkpoint of its own")
-    ] = None
+    number_checkpoints: Annotated[int, Field(ge=1)] | None = None
+    """Layer inputs to keep: every k-th, k = ceil(layers / this); those between are computed again when their
+    turn comes. Null keeps every layer's."""
     synchronize_checkpoint_boundary: Annotated[
         bool, only(False, "it is for timing DeepSpeed's own checkpoints")
     ] = False

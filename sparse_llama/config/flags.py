@@ -11,6 +11,9 @@ from sparse_llama.errors import ConfigError
 
 VERSIONS = ("v1", "v2")
 OFFLOADS = ("none", "cpu", "nvme")
+CHECKPOINTINGS = ("none", "gpu", "cpu", "nvme")
+LEVERS = ("loss_tile", "mlp_tile", "norm_tile", "head_groups")
+"""Keys of ``sparse_llama.memory`` that are numbers; as a flag, 0 switches one off."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,13 @@ class Overrides:
     zero_stage: int | None = None
     offload: Literal["none", "cpu", "nvme"] | None = None
     nvme_path: Path | None = None
+    checkpointing: Literal["none", "gpu", "cpu", "nvme"] | None = None
+    """Whether layers are checkpointed, and where their inputs wait; gpu is where the model computes."""
+    number_checkpoints: int | None = None
+    loss_tile: int | None = None
+    mlp_tile: int | None = None
+    norm_tile: int | None = None
+    head_groups: int | None = None
     seq_length: int | None = None
     attention: Literal["dense", "sparse"] | None = None
     adapter: str | None = None
@@ -41,7 +51,8 @@ def check_flags(flags: Overrides) -> None:
     Raises:
         ConfigError: a value out of range, or two flags that exclude each other.
     """
-    for name, least in (("seq_length", 2), ("steps", 1), ("epochs", 1), ("seed", 0)):
+    at_least = {"seq_length": 2, "steps": 1, "epochs": 1, "seed": 0, "number_checkpoints": 1}
+    for name, least in (at_least | dict.fromkeys(LEVERS, 0)).items():
         value = getattr(flags, name)
         if value is not None and not least <= value < 2**63:
             raise ConfigError(f"--{name}: must be >= {least} and < 2**63, got {value}")
@@ -50,6 +61,7 @@ def check_flags(flags: Overrides) -> None:
     choices: tuple[tuple[str, tuple[object, ...]], ...] = (
         ("zero_stage", (0, 1, 2, 3)),
         ("offload", OFFLOADS),
+        ("checkpointing", CHECKPOINTINGS),
         ("attention", ("dense", "sparse")),
     )
     for name, allowed in choices:
@@ -120,7 +132,51 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
     if flags.lr is not None:
         _apply_lr(merged, flags.lr)
     _apply_zero(merged, flags)
+    _apply_memory(merged, flags)
+    _apply_nvme_path(merged, flags)
     return merged
+
+
+def _apply_memory(merged: dict[str, Any], flags: Overrides) -> None:
+    memory = merged["sparse_llama"].setdefault("memory", {})
+    for name in LEVERS:
+        value = getattr(flags, name)
+        if value is not None:
+            memory[name] = value or None
+    if flags.checkpointing == "none":
+        merged.pop("activation_checkpointing", None)
+    elif flags.checkpointing is not None:
+        block = merged.setdefault("activation_checkpointing", {})
+        block["cpu_checkpointing"] = flags.checkpointing != "gpu"
+    if flags.checkpointing not in (None, "nvme"):
+        memory.pop("checkpoint_nvme_path", None)
+    elif flags.checkpointing == "nvme" and flags.nvme_path is None and not memory.get("checkpoint_nvme_path"):
+        raise ConfigError("--checkpointing nvme: needs a folder on the drive; add --nvme_path FOLDER")
+    if flags.number_checkpoints is not None:
+        if "activation_checkpointing" not in merged:
+            raise ConfigError(
+                f"--number_checkpoints {flags.number_checkpoints}: the document checkpoints no layer; add "
+                "--checkpointing gpu or cpu"
+            )
+        merged["activation_checkpointing"]["number_checkpoints"] = flags.number_checkpoints
+
+
+def _apply_nvme_path(merged: dict[str, Any], flags: Overrides) -> None:
+    """Put ``--nvme_path`` wherever something goes to the drive."""
+    if flags.nvme_path is None:
+        return
+    zero = merged["zero_optimization"]
+    used = [name for name in ("offload_optimizer", "offload_param") if _device(zero, name) == "nvme"]
+    for name in used:
+        zero[name]["nvme_path"] = str(flags.nvme_path)
+    memory = merged["sparse_llama"]["memory"]
+    if flags.checkpointing == "nvme" or memory.get("checkpoint_nvme_path"):
+        memory["checkpoint_nvme_path"] = str(flags.nvme_path)
+    elif not used:
+        raise ConfigError(
+            f"--nvme_path {flags.nvme_path}: nothing is offloaded to nvme; add --offload nvme or "
+            "--checkpointing nvme"
+        )
 
 
 def _apply_lr(merged: dict[str, Any], lr: float) -> None:
@@ -164,14 +220,6 @@ def _apply_zero(merged: dict[str, Any], flags: Overrides) -> None:
                 zero.pop("offload_param", None)
             for name in ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",):
                 _offload_to(zero, name, device, flags.nvme_path)
-    if flags.nvme_path is not None:
-        used = [name for name in ("offload_optimizer", "offload_param") if _device(zero, name) == "nvme"]
-        if not used:
-            raise ConfigError(
-                f"--nvme_path {flags.nvme_path}: nothing is offloaded to nvme; add --offload nvme"
-            )
-        for name in used:
-            zero[name]["nvme_path"] = str(flags.nvme_path)
 
 
 _NVME_KEYS = (

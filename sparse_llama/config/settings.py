@@ -176,6 +176,30 @@ class AdapterSettings(Section):
         return frozenset(names)
 
 
+class MemorySettings(Section):
+    """Where the memory of a training step goes, at the price of time. None of it changes what is computed.
+
+    Checkpointed layers, and inputs of theirs in host memory, are DeepSpeed's ``activation_checkpointing``
+    block's; weights and optimizer, ``zero_optimization``'s.
+    """
+
+    loss_tile: int | None = Field(default=None, ge=1)
+    """Labelled tokens whose logits exist at a time; null is all of a micro-batch."""
+
+    mlp_tile: int | None = Field(default=None, ge=1)
+    """Tokens that go through a layer's MLP at a time; null is all of a micro-batch."""
+
+    norm_tile: int | None = Field(default=None, ge=1)
+    """Tokens that go through a norm at a time; null is all of a micro-batch."""
+
+    head_groups: int | None = Field(default=None, ge=1)
+    """Compute each decoder layer as one function of three passes, with the attention of this many groups of
+    heads one after the other; null is transformers' layer."""
+
+    checkpoint_nvme_path: str | None = None
+    """Folder on a drive that layer inputs move on to from host memory; null keeps them there."""
+
+
 class AttentionSettings(Section):
     """How attention is computed; which tokens are seen is the ``sparse_attention`` block's."""
 
@@ -246,4 +270,5 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     adapter: AdapterSettings = AdapterSettings()
     attention: AttentionSettings = AttentionSettings()
+    memory: MemorySettings = MemorySettings()
     training: TrainingSettings = TrainingSettings()

@@ -20,20 +20,21 @@ class Batch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     """0 where a document starts."""
-    labels: torch.Tensor
-    """Not shifted; -100 is not predicted."""
+    shift_labels: torch.Tensor
+    """What each token predicts: the label of the next one; -100 is nothing. Shifted before a row is cut among
+    ranks, whose last token predicts the first of the next rank."""
 
     @property
     def num_labelled(self) -> int:
         """Tokens that are predicted: the first of a row cannot be."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return int((self.shift_labels != IGNORED).sum())
 
     def to(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the tensors by the names of the model's arguments."""
         return {
             "input_ids": self.input_ids.to(device, non_blocking=True),
             "position_ids": self.position_ids.to(device, non_blocking=True),
-            "labels": self.labels.to(device, non_blocking=True),
+            "shift_labels": self.shift_labels.to(device, non_blocking=True),
         }
 
 
@@ -102,12 +103,12 @@ def collate(rows: Sequence[Row]) -> Batch:
     """
     longest = max(map(len, rows))
     ids = [F.pad(row.ids, (0, longest - len(row)), value=PADDING) for row in rows]
-    labels = [F.pad(row.labels, (0, longest - len(row)), value=IGNORED) for row in rows]
+    shifted = [F.pad(row.labels[1:], (0, longest - len(row) + 1), value=IGNORED) for row in rows]
     positions = [
         torch.cat([row.positions, row.positions[-1] + torch.arange(1, 1 + longest - len(row))])
         for row in rows
     ]
-    return Batch(torch.stack(ids).long(), torch.stack(positions).long(), torch.stack(labels).long())
+    return Batch(torch.stack(ids).long(), torch.stack(positions).long(), torch.stack(shifted).long())
 
 
 def _cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

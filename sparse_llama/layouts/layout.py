@@ -64,6 +64,22 @@ class Layout:
         patterns = tuple(pattern.first_rows(num_blocks) for pattern in self.patterns)
         return Layout(self.block, patterns, self.head_patterns, self.drawings)
 
+    def for_heads(self, heads: range) -> "Layout":
+        """Return the layout of some of the query heads, which still have the patterns of their numbers."""
+        if heads == range(len(self.head_patterns)):
+            return self
+        made: Layout | None = self.derived.get(heads)
+        if made is None:
+            head_patterns = self.head_patterns[heads.start : heads.stop : heads.step]
+            used = sorted(set(head_patterns))
+            made = self.derived[heads] = Layout(
+                self.block,
+                tuple(self.patterns[one] for one in used),
+                tuple(used.index(one) for one in head_patterns),
+                tuple(self.drawings[one] for one in used),
+            )
+        return made
+
     def density_at(self, num_tokens: int) -> float:
         """Return the share of the T (T + 1) / 2 causal token pairs that attend, averaged over heads."""
         shares = [self._num_pairs(pattern, num_tokens) for pattern in self.patterns]

@@ -21,7 +21,11 @@ from sparse_llama.config.deepspeed import ActivationCheckpointing
 
 
 def checkpoint_layers(
-    model: LlamaForCausalLM, settings: ActivationCheckpointing | None, first_layer: int
+    model: LlamaForCausalLM,
+    settings: ActivationCheckpointing | None,
+    first_layer: int,
+    *,
+    nvme_path: str | None = None,
 ) -> None:
     """Checkpoint every decoder layer from ``first_layer`` on while the model trains; None switches
     checkpointing off.

@@ -1,7 +1,8 @@
 """A model ready to train or to use, its parts put together in the one order that is right.
 
-Base, then attention, then adapters, then checkpointing: the adapters take over the attention they find, and
-checkpointing starts at the lowest layer that the adapters left to train.
+Base, then attention, then adapters, then what saves memory: the adapters take over the attention they find,
+tiles and head groups the adapted parts, and checkpointing starts at the lowest layer that the adapters left
+to train.
 """
 
 import filecmp
@@ -29,6 +30,8 @@ from sparse_llama.config.settings import AdapterSettings, Settings
 from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_llama.errors import CheckpointError, ConfigError, ModelError
 from sparse_llama.memory.checkpointing import checkpoint_layers
+from sparse_llama.memory.head_groups import group_heads
+from sparse_llama.memory.tiles import tile_layers
 from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import LoadedLlama, load_llama, read_config, read_config_json
 
@@ -99,7 +102,14 @@ def assemble(
         adapter, start, notices = stored.file.adapter, stored.tensors, (*notices, *stored.notices)
     attach_attention(loaded.model, plan)
     attach_adapters(loaded.model, adapter, seed=settings.seed, dtype=dtype)
-    checkpoint_layers(loaded.model, checkpointing, first_trained_layer(loaded.model))
+    tile_layers(loaded.model, settings.memory)
+    group_heads(loaded.model, settings.memory)
+    checkpoint_layers(
+        loaded.model,
+        checkpointing,
+        first_trained_layer(loaded.model),
+        nvme_path=settings.memory.checkpoint_nvme_path,
+    )
     return Assembled(loaded.model, plan, adapter, start, loaded.folder, notices)
 
 

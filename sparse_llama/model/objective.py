@@ -20,21 +20,20 @@ class TokenLoss(nn.Module):
         self.llama = llama
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, shift_labels: torch.Tensor
     ) -> torch.Tensor:
         """Return the 0-dim fp32 sum of the cross entropy; 0 with a graph and zero gradients where nothing is
         labelled.
 
         Args:
-            input_ids, position_ids, labels: (B, T). Labels are not shifted: token t predicts label t + 1 of
-                its row, and a document's first label is -100, so nothing is predicted across documents.
+            input_ids, position_ids: (B, T).
+            shift_labels: (B, T), what each token predicts; -100 is nothing, as at the end of a document.
         """
         hidden = self.llama.model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        targets = labels[:, 1:]
-        is_labelled = targets != IGNORED
+        is_labelled = shift_labels != IGNORED
         # 3 x 4V bytes per row: with V = 32,000 a prompt token's logits would cost 47 times its hidden state
-        rows = hidden[:, :-1][is_labelled]  # (labelled, C)
+        rows = hidden[is_labelled]  # (labelled, C)
         logits = self.llama.lm_head(rows).float()
-        return F.cross_entropy(logits, targets[is_labelled], reduction="sum")
+        return F.cross_entropy(logits, shift_labels[is_labelled], reduction="sum")

@@ -92,7 +92,7 @@ def test_nvme_needs_a_folder_from_the_flag_or_from_the_document(load, refusal):
         "--offload nvme: needs a folder on the drive; add --nvme_path FOLDER"
     )
     assert refusal({}, nvme_path=Path("/drive")) == (
-        "--nvme_path /drive: nothing is offloaded to nvme; add --offload nvme"
+        "--nvme_path /drive: nothing is offloaded to nvme; add --offload nvme or --checkpointing nvme"
     )
     block = {"device": "nvme", "nvme_path": "/old"}
     run = load({"zero_optimization": {"stage": 3, "offload_param": block}}, nvme_path=Path("/new"))

@@ -62,13 +62,13 @@ def test_shorter_rows_are_padded_with_positions_that_go_on_and_without_labels():
         make_row([7, 8, 9, 7], [0, 1, 0, 1], [-100, 8, -100, 7]),
     )
     batch = collate([short, long])
-    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.shift_labels.dtype == torch.int64
     assert batch.input_ids.shape == (2, 4)
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
-    assert batch.labels.tolist() == [[-100, 6, -100, -100], [-100, 8, -100, 7]]
+    assert batch.shift_labels.tolist() == [[6, -100, -100, -100], [8, -100, 7, -100]]
     assert bool((batch.input_ids >= 0).all())
     assert batch.num_labelled == 3
-    assert set(batch.to(torch.device("cpu"))) == {"input_ids", "position_ids", "labels"}
+    assert set(batch.to(torch.device("cpu"))) == {"input_ids", "position_ids", "shift_labels"}
 
 
 @pytest.mark.parametrize(("micro", "padding"), [(1, 0), (2, 4), (3, 6), (7, 8)])
@@ -84,6 +84,6 @@ def test_validation_takes_every_row_once_in_as_many_batches_on_every_rank(count:
         for rank in range(world)
     ]
     assert len({len(share) for share in shares}) == 1
-    labels = [batch.labels for share in shares for batch in share]
+    labels = [batch.shift_labels for share in shares for batch in share]
     found = [n for table in labels for row in table.tolist() for n in [max(row)] if n != -100]
     assert sorted(found) == list(range(count))

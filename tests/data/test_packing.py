@@ -68,8 +68,8 @@ def losses(model: LlamaForCausalLM, row: Row) -> torch.Tensor:
     logits = model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
     ).logits
-    per_token = F.cross_entropy(logits[0, :-1], batch.labels[0, 1:], reduction="none")
-    return per_token[batch.labels[0, 1:] != IGNORED]
+    per_token = F.cross_entropy(logits[0], batch.shift_labels[0], reduction="none")
+    return per_token[batch.shift_labels[0] != IGNORED]
 
 
 @pytest.mark.parametrize("align", [1, 8])

@@ -53,7 +53,7 @@ def test_the_account_adds_up(tokenizer: Tokenizer, tmp_path: Path, packing: bool
 
 
 def count_ends(batch: Batch, tokenizer: Tokenizer) -> int:
-    return int((batch.labels == tokenizer.eos_id).sum())
+    return int((batch.shift_labels == tokenizer.eos_id).sum())
 
 
 def test_the_account_is_printed_and_saved(tokenizer: Tokenizer, tmp_path: Path):

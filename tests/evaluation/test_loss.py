@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from adapted_models import adapt, tokens
+import torch.nn.functional as F
+from adapted_models import adapt, shifted, tokens
 from oracles.adapter_formula import adapted_logits, token_loss
 
 from sparse_llama.data.batches import Batch
@@ -17,9 +18,14 @@ def batches(firsts: list[int]) -> list[Batch]:
     """Return batches labelled from these tokens on: 18 - 2 x first labels each."""
     ids = tokens(num_rows=2 * len(firsts)).split(2)
     return [
-        Batch(rows, POSITIONS, rows.masked_fill(torch.arange(9) < first, -100))
+        Batch(rows, POSITIONS, shifted(rows.masked_fill(torch.arange(9) < first, -100)))
         for rows, first in zip(ids, firsts, strict=True)
     ]
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """Return the labels before they were shifted."""
+    return F.pad(batch.shift_labels[:, :-1], (1, 0), value=-100)
 
 
 def test_it_is_the_sum_over_all_labelled_tokens_over_their_number(tiny_llama):
@@ -28,7 +34,7 @@ def test_it_is_the_sum_over_all_labelled_tokens_over_their_number(tiny_llama):
     uneven = batches([1, 8, 9])
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     expected = sum(
-        float(token_loss(adapted_logits(weights, model.config, batch.input_ids), batch.labels))
+        float(token_loss(adapted_logits(weights, model.config, batch.input_ids), labels_of(batch)))
         for batch in uneven
     )
     assert mean_token_loss(TokenLoss(model), uneven) == pytest.approx(expected / 18, rel=1e-5)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import adapt
+from adapted_models import adapt, shifted
 from oracles.adapter_formula import adapted_logits
 from oracles.masked_attention import token_table
 from oracles.word_tokenizer import WordTokenizer
@@ -91,7 +91,7 @@ def test_after_a_further_training_step_answers_are_the_new_models(tiny_llama, ve
     ids = torch.tensor([[1, *TOKENIZER.encode(PROMPT)]])
     before = generate_batch(model, TOKENIZER, [PROMPT], 24)
     optimizer = torch.optim.SGD([parameter for _, parameter in trainable_parameters(model)], lr=0.5)
-    TokenLoss(model.train())(ids, torch.arange(12)[None], ids).backward()
+    TokenLoss(model.train())(ids, torch.arange(12)[None], shifted(ids)).backward()
     torch.nn.utils.clip_grad_norm_([parameter for _, parameter in trainable_parameters(model)], 5.0)
     optimizer.step()
     never_ends(model.eval())

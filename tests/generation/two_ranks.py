@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from adapted_models import tokens
+from adapted_models import shifted, tokens
 from oracles.word_tokenizer import WordTokenizer
 
 from sparse_llama.adapters.attach import attach_adapters, parameter_groups, trainable_parameters
@@ -42,7 +42,9 @@ def build(folder: str, zero3_config: dict[str, Any] | None = None) -> Any:
 def batches() -> list[Batch]:
     """Return four batches with 8, 7, 6 and 0 labelled tokens."""
     ids, positions = tokens(num_rows=4).split(1), torch.arange(9)[None]
-    labels = [ids[row].masked_fill(torch.arange(9) < first, -100) for row, first in enumerate((1, 2, 3, 9))]
+    labels = [
+        shifted(ids[row].masked_fill(torch.arange(9) < first, -100)) for row, first in enumerate((1, 2, 3, 9))
+    ]
     return [Batch(row, positions, label) for row, label in zip(ids, labels, strict=True)]
 
 

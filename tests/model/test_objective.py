@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_models import adapt, tokens
+from adapted_models import adapt, shifted, tokens
 from oracles.adapter_formula import adapted_logits, token_loss
 
 from sparse_llama.adapters.attach import trainable_parameters
@@ -26,7 +26,7 @@ def test_the_loss_is_the_sum_over_labelled_next_tokens(tiny_llama):
     ids = tokens()
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     expected = token_loss(adapted_logits(weights, model.config, ids), labels_of(ids))
-    loss = TokenLoss(model)(ids, POSITIONS, labels_of(ids))
+    loss = TokenLoss(model)(ids, POSITIONS, shifted(labels_of(ids)))
     assert loss.dim() == 0
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -37,7 +37,9 @@ def test_it_is_transformers_mean_times_the_count(tiny_llama):
     ids = tokens()
     labels = labels_of(ids)
     mean = model(input_ids=ids, labels=labels).loss
-    assert TokenLoss(model)(ids, POSITIONS, labels).item() == pytest.approx(mean.item() * 5, rel=1e-6)
+    assert TokenLoss(model)(ids, POSITIONS, shifted(labels)).item() == pytest.approx(
+        mean.item() * 5, rel=1e-6
+    )
 
 
 def test_the_first_tokens_label_is_never_predicted(tiny_llama):
@@ -45,7 +47,7 @@ def test_the_first_tokens_label_is_never_predicted(tiny_llama):
     ids = tokens()
     labels = torch.full_like(ids, -100)
     labels[:, 0] = 1
-    assert TokenLoss(model)(ids, POSITIONS, labels).item() == 0.0
+    assert TokenLoss(model)(ids, POSITIONS, shifted(labels)).item() == 0.0
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -67,10 +69,10 @@ def test_packed_documents_have_the_loss_of_the_documents_alone(tiny_llama):
     labels[0, 4] = -100  # the second document's first token
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     loss = TokenLoss(model)
-    alone = loss(ids[:, :4], positions[:, :4], labels[:, :4]) + loss(
-        ids[:, 4:], positions[:, 4:], labels[:, 4:]
+    alone = loss(ids[:, :4], positions[:, :4], shifted(labels[:, :4])) + loss(
+        ids[:, 4:], positions[:, 4:], shifted(labels[:, 4:])
     )
-    assert loss(ids, positions, labels).item() == pytest.approx(alone.item(), rel=1e-6)
+    assert loss(ids, positions, shifted(labels)).item() == pytest.approx(alone.item(), rel=1e-6)
 
 
 def test_only_labelled_rows_go_through_the_head(tiny_llama):
@@ -78,7 +80,7 @@ def test_only_labelled_rows_go_through_the_head(tiny_llama):
     model = adapt(tiny_llama(), "v1")
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
-    TokenLoss(model)(tokens(), POSITIONS, labels_of(tokens()))
+    TokenLoss(model)(tokens(), POSITIONS, shifted(labels_of(tokens())))
     assert rows == [5]
 
 
@@ -88,4 +90,4 @@ def test_in_bf16_the_cross_entropy_is_computed_in_fp32(tiny_llama):
     with torch.no_grad():
         logits = model(input_ids=ids, position_ids=POSITIONS).logits[:, :-1].float()
     expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    assert TokenLoss(model)(ids, POSITIONS, ids).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert TokenLoss(model)(ids, POSITIONS, shifted(ids)).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from adapted_models import trainable_state
+from adapted_models import shifted, trainable_state
 from deepspeed.utils import logger, safe_get_full_grad
 
 from sparse_llama.adapters.attach import (
@@ -47,7 +47,7 @@ def build(folder: str, version: str, *, dtype=torch.float32, zero3_config=None, 
 def batch(step: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(step))
     labels = ids.masked_fill(torch.arange(9) < 3, -100)
-    return {"input_ids": ids, "position_ids": torch.arange(9).expand(2, 9), "labels": labels}
+    return {"input_ids": ids, "position_ids": torch.arange(9).expand(2, 9), "shift_labels": shifted(labels)}
 
 
 def train_plainly(folder: str, version: str, dtype: torch.dtype = torch.float32):
