@@ -110,8 +110,8 @@ def continuation(tokenizer: Tokenizer, prompt_ids: list[int], new_ids: list[int]
 def longest_sequence(model: PreTrainedModel) -> tuple[int, str]:
     """Return how many tokens the model can attend over, and the name of what limits it.
 
-    Beyond ``max_position_embeddings`` a LLaMA has seen no rotation and answers nonsense without an error; a
-    sparse layout ends with its master.
+    Beyond ``max_position_embeddings`` a LLaMA has seen no rotation and answers nonsense without an error; an
+    adapter's ``rope_parameters`` have moved it to where its run went. A sparse layout ends with its master.
     """
     limits = [(int(model.config.max_position_embeddings), "max_position_embeddings of the model")]
     for module in model.modules():

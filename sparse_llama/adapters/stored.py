@@ -11,6 +11,7 @@ from sparse_llama import __version__
 from sparse_llama.adapters.attach import attach_adapters
 from sparse_llama.adapters.bank import DEFAULT, AdapterBank, NamedAdapter, bank_of, require_bank
 from sparse_llama.adapters.interop import named_base, read_foreign
+from sparse_llama.adapters.rotation import fixed_parameters, same_rotation, with_rotation
 from sparse_llama.adapters.weights import (
     AdapterFile,
     BaseModelReference,
@@ -115,6 +116,7 @@ def load_adapter(
     source = find_adapter(Path(path))
     base = BaseModelReference(path=model.name_or_path or "")
     stored = read_adapter(source, model.config, base_model=base)
+    _check_rotation(model.config, stored.file, source)
     plan = None if stored.file.layouts.is_dense else plan_of_adapter(stored.file, model.config)
     bank = bank_of(model)
     before = None if bank is None else (dict(bank.adapters), bank.active)
@@ -166,6 +168,7 @@ def save_adapter(
             "master_length": length,
             "seed": adapter.seed,
             "seq_length": length,
+            "rope_parameters": fixed_parameters(model.config),
             "dtype": _dtype_name(model.dtype),
             "trainable_parameters": sum(tensor.numel() for tensor in adapter.parameters.values()),
             "version": __version__,
@@ -182,6 +185,21 @@ def plan_of_adapter(file: AdapterFile, config: LlamaConfig) -> AttentionPlan:
         master_length=file.master_length,
         seed=file.seed,
     )
+
+
+def _check_rotation(config: LlamaConfig, file: AdapterFile, source: Path) -> None:
+    """Refuse an adapter whose run turned positions otherwise: all adapters of a model share its rotation.
+
+    Raises:
+        CheckpointError: as said, with what the base has to be loaded with.
+    """
+    needed = with_rotation(config, file.rope_parameters, file.seq_length)
+    if not same_rotation(needed, config):
+        raise CheckpointError(
+            f"{source}: was trained with positions by {file.rope_parameters}, this model turns them "
+            f"otherwise; load the base with rope_parameters={needed.rope_parameters}, "
+            f"max_position_embeddings={needed.max_position_embeddings}"
+        )
 
 
 def _chosen(bank: AdapterBank, name: str | None) -> NamedAdapter:

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparse_llama.adapters.bank import DEFAULT, bank_of
 from sparse_llama.config.layers import Layers, LayerSparsities, LayoutOfLayers, layer_sparsities
+from sparse_llama.config.rope import FixedRopeParameters
 from sparse_llama.config.section import FrozenList, Section
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import CheckpointError, SparseLlamaError
@@ -45,6 +46,8 @@ class AdapterFile(Section):
     seed: int
     """Of random blocks and of the prompts' initial values."""
     seq_length: int = Field(ge=1)
+    rope_parameters: FixedRopeParameters | None = None
+    """The rotary settings that it was trained with, in transformers' keys; None is the base's own."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """What the run computed in; evaluation and export use it too."""
     trainable_parameters: int

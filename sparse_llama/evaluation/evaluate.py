@@ -34,6 +34,7 @@ class Evaluation:
     """None where records are measured one by one; ``window`` is then what they are cut at."""
     begins_with_bos: bool
     attention: str
+    positions: str
     dtype: str
     malformed: tuple[str, ...]
     tally: Tally | None
@@ -96,6 +97,7 @@ def evaluate(
         stride=stride,
         begins_with_bos=opened.tokenizer.bos_id is not None,
         attention=_attention(opened),
+        positions=_positions(opened),
         dtype=str(opened.model.dtype).removeprefix("torch."),
         malformed=corpus.malformed,
         tally=tally,
@@ -122,6 +124,7 @@ def to_rows(result: Evaluation) -> list[tuple[str, str]]:
         ("measured", "every token of the text" if is_text else "responses, given their prompts"),
         ("how", f"{how}, {bos if result.begins_with_bos else 'no beginning of sequence'}"),
         ("attention", result.attention),
+        ("positions", result.positions),
         ("precision", f"{result.dtype}, losses fp32, sums fp64"),
         *_record_rows(result),
         ("tokens scored", f"{result.score.num_tokens:,}"),
@@ -151,6 +154,7 @@ def to_json(result: Evaluation) -> dict[str, Any]:
         "source": result.data,
         "description": result.model,
         "attention": result.attention,
+        "positions": result.positions,
         "dtype": result.dtype,
         "malformed": list(result.malformed),
         "records": None if tally is None else {name: getattr(tally, name) for name in _COUNTS},
@@ -185,6 +189,13 @@ def _attention(opened: OpenedModel) -> str:
     if getattr(opened.model.config, "layouts", ()):
         return f"sparse, exported, for {longest_sequence(opened.model)[0]:,} tokens"
     return "dense"
+
+
+def _positions(opened: OpenedModel) -> str:
+    file, longest = opened.adapter_file, opened.model.config.max_position_embeddings
+    if file is None or file.rope_parameters is None:
+        return f"{longest:,}"
+    return f"{longest:,}: {file.rope_parameters}"
 
 
 def _record_rows(result: Evaluation) -> list[tuple[str, str]]:

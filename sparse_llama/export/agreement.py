@@ -20,7 +20,7 @@ from sparse_llama.errors import ExportError
 from sparse_llama.export.fresh import measure_elsewhere
 from sparse_llama.export.left_out import Parts, open_without
 from sparse_llama.export.merged import MergedModel, layout_tensors
-from sparse_llama.export.reopen import decode, logits_at, loss_sum
+from sparse_llama.export.reopen import decode, logits_at, loss_sum, rotation
 from sparse_llama.export.validation import HeldOut
 from sparse_llama.layouts import Layout
 
@@ -54,6 +54,8 @@ class Reference:
     """Which tokens' logits are compared in prefill; the last ones are among them."""
     logits: torch.Tensor
     """(rows, V) of the adapted model in fp32."""
+    rotation: torch.Tensor
+    """Its turns per position, exact: what they do beyond the compared tokens no logit shows."""
     limits: Errors
     why: str
     density: float
@@ -76,6 +78,10 @@ class Reference:
         }
         found = measure_elsewhere(folder, job | ({} if held_out is None else held_out.job()), options)
         _check_layouts(found, merged.layouts)
+        if not torch.equal(found["rotation"], self.rotation):
+            raise ExportError(
+                "the exported model turns positions otherwise than the adapted one; nothing was written"
+            )
         errors = _errors(found["logits"], found["decoded"], self.logits)
         # "not <=": NaN is not greater than anything
         if not (errors.prefill <= self.limits.prefill and errors.decoding <= self.limits.decoding):
@@ -106,11 +112,11 @@ def make_reference(
     tokens = _draw_tokens(exact.config.vocab_size, num_tokens)
     rows = torch.linspace(0, num_tokens - 1, min(num_tokens, _ROWS)).long()
     rows[-_num_decoded(tokens) :] = torch.arange(num_tokens - _num_decoded(tokens), num_tokens)
-    logits = logits_at(exact, tokens, rows)
+    logits, turns = logits_at(exact, tokens, rows), rotation(exact)
     density = min((layout.density_at(num_tokens) for layout in layouts), default=1.0)
     if dtype == torch.float32:
         limits, why = Errors(FP32_LIMIT, FP32_LIMIT), "fp32 against fp32"
-        return Reference(tokens, rows, logits, limits, why, density)
+        return Reference(tokens, rows, logits, turns, limits, why, density)
     del exact
     unmerged = open_without(base, adapter, left_out, dtype).model
     decoded = decode(unmerged, tokens, _num_decoded(tokens))
@@ -118,7 +124,7 @@ def make_reference(
     limits = Errors(*(LOW_PRECISION_FACTOR * error for error in (errors.prefill, errors.decoding)))
     name = str(dtype).removeprefix("torch.")
     why = f"{LOW_PRECISION_FACTOR} times those of the adapted model in {name}"
-    return Reference(tokens, rows, logits, limits, why, density)
+    return Reference(tokens, rows, logits, turns, limits, why, density)
 
 
 def adapted_loss(base: Path, adapter: Path, left_out: Parts, dtype: torch.dtype, held_out: HeldOut) -> float:

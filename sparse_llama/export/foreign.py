@@ -89,6 +89,11 @@ def export_foreign(
             f"({source.file.layouts}), which is a part of the model; leave it out with --dense_attention, or "
             "use --format merged or native"
         )
+    if (rope := source.file.rope_parameters) is not None:
+        raise ExportError(
+            f"--format {format}: has no word for the positions that the adapter was trained with ({rope}), "
+            "and its program would turn them as the base does; use --format merged or native"
+        )
     held_out = read_for(source, found & asked, asked=asked, data=data)
     with publishing(output) as unfinished:
         notices += write_foreign(

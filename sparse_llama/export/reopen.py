@@ -35,8 +35,8 @@ def measure_folder(
         options: ``dtype``, ``device`` of the loss, and ``code``, "yes" where the folder's own is run.
 
     Returns:
-        ``logits`` (rows, V) and ``decoded`` (num_decoded, V), fp32; ``loss``, see ``loss_sum``; and the
-        integers that the model holds, which are its layouts, by their names.
+        ``logits`` (rows, V) and ``decoded`` (num_decoded, V), fp32; ``loss``, see ``loss_sum``;
+        ``rotation``, see there; and the integers that the model holds, which are its layouts, by their names.
     """
     logging.disable_progress_bar()
     dtype = getattr(torch, options["dtype"])
@@ -45,11 +45,19 @@ def measure_folder(
     found = {
         name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_floating_point()
     }
+    found["rotation"] = rotation(model)
     found["logits"] = logits_at(model, job["tokens"], job["rows"])
     found["decoded"] = decode(model, job["tokens"], int(job["num_decoded"]))
     if "ids" in job:
         found["loss"] = loss_sum(model.to(options["device"]), job["ids"], job["labels"], job["lengths"])
     return found
+
+
+def rotation(model: Any) -> torch.Tensor:
+    """Return the turn of each pair of channels per position, and what cosine and sine are multiplied by,
+    fp32."""
+    rotary = model.model.rotary_emb
+    return torch.cat([rotary.inv_freq.float(), torch.tensor([float(rotary.attention_scaling)])])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from sparse_llama.adapters.rotation import with_rotation
 from sparse_llama.adapters.stored import base_of_adapter, find_adapter, plan_of_adapter, read_adapter
 from sparse_llama.adapters.weights import AdapterFile, BaseModelReference
 from sparse_llama.errors import CheckpointError
@@ -31,6 +32,7 @@ class Source:
     """The base as it was named."""
     base: Path
     config: LlamaConfig
+    """The base's, with the rotary settings that the adapter was trained with."""
     layer_layouts: tuple[Layout | None, ...]
 
     @property
@@ -60,6 +62,7 @@ def find_source(checkpoint: Path, model: str | None, *, flag: str = "--checkpoin
     base = resolve_model(named.path, named.revision)
     config = read_config(base)
     read = read_adapter(adapter, config, base_model=named)
+    config = with_rotation(config, read.file.rope_parameters, read.file.seq_length)
     layouts = _layer_layouts(read.file, config)
     return Source(
         adapter, read.format, read.file, read.tensors, read.notices, named.path, base, config, layouts

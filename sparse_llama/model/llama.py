@@ -43,6 +43,7 @@ def load_llama(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    config: LlamaConfig | None = None,
     random_weights: bool = False,
     seed: int = 42,
     zero3_config: dict[str, Any] | None = None,
@@ -51,6 +52,7 @@ def load_llama(
     mapped file.
 
     Args:
+        config: of the model, where it turns positions otherwise than its ``config.json`` says.
         random_weights: draw the weights as transformers initialises a new model; only the configuration is
             read.
         zero3_config: DeepSpeed's configuration at ZeRO stage 3. The model is then made in partitions: rank 0
@@ -60,7 +62,7 @@ def load_llama(
         ModelError: not a LLaMA, or the checkpoint and the model do not have the same tensors.
     """
     folder = resolve_model(path, revision)
-    config = read_config(folder)
+    config = read_config(folder) if config is None else config
     model = _construct(config, dtype=dtype, device=torch.device(device), zero3_config=zero3_config)
     if random_weights:
         _fill(model, _random_tensors(model, seed), source=folder)
