@@ -1,9 +1,13 @@
 """Errors that a user can cause and fix; each message is one line: where, what was found, what is allowed,
-what to do."""
+what to do. Only memory that ran out takes more than a line to explain."""
+
+from typing import ClassVar
 
 
 class SparseLlamaError(Exception):
-    """Base of every error that ends a command with one line and exit status 2."""
+    """Base of every error that ends a command with one line and ``exit_status``."""
+
+    exit_status: ClassVar[int] = 2
 
 
 class ConfigError(SparseLlamaError):
@@ -24,3 +28,13 @@ class CheckpointError(SparseLlamaError):
 
 class ExportError(SparseLlamaError):
     """An export would not compute what the adapted model computes."""
+
+
+class OutOfMemoryError(SparseLlamaError):
+    """A run needed more memory than there was; its message is several lines."""
+
+    exit_status = 3
+
+
+class OffloadError(SparseLlamaError):
+    """What waits for the backward pass in host memory or on a drive cannot be put there, or got back."""

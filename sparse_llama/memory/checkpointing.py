@@ -8,16 +8,20 @@ transformers' own ``gradient_checkpointing_enable`` does: v1 would run its backw
 below the first adapter for nothing.
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_llama.config.deepspeed import ActivationCheckpointing
+from sparse_llama.memory.nested import LayerInputs
+from sparse_llama.memory.offload import HostOffload, OffloadEngine, holds_data
+from sparse_llama.memory.offload_drive import DriveOffload
+
+_FUNCTION = "_gradient_checkpointing_func"
+"""transformers' own name for it."""
 
 
 def checkpoint_layers(
@@ -26,37 +30,70 @@ def checkpoint_layers(
     first_layer: int,
     *,
     nvme_path: str | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Checkpoint every decoder layer from ``first_layer`` on while the model trains; None switches
-    checkpointing off.
+    checkpointing off. Return what the user has to be told.
+
+    What waits for the backward pass is an input of (B, T, C) per layer, 2 bytes x C per token in bf16, 8 KiB
+    at 7B; with ``number_checkpoints`` of every k-th layer (``inputs_every``), counted from ``first_layer``.
+    The cosines and sines of the positions are not among it: all layers share one pair, which stays on the
+    device.
 
     Args:
         settings: DeepSpeed's ``activation_checkpointing`` block. With ``cpu_checkpointing`` the kept inputs
-            wait in host memory: 2 bytes x C per token and layer in bf16, 8 KiB at 7B.
+            wait in host memory.
         first_layer: the lowest layer that trains; those below run forward only and keep nothing anyway.
+        nvme_path: with ``cpu_checkpointing``, the inputs go on from host memory to files in this folder.
+
+    Raises:
+        OffloadError: no file can be made there.
     """
-    for index, layer in enumerate(model.model.layers):
+    layers = model.model.layers
+    num_trained = len(layers) - first_layer
+    inputs = None
+    if settings is not None:
+        every = inputs_every(num_trained, settings.number_checkpoints)
+        inputs = LayerInputs(every, _make_engine(model, settings, nvme_path))
+    for index, layer in enumerate(layers):
         assert isinstance(layer, GradientCheckpointingLayer)
-        is_checkpointed = settings is not None and index >= first_layer
-        layer.gradient_checkpointing = is_checkpointed
-        if is_checkpointed:
-            offloads = settings is not None and settings.cpu_checkpointing
-            # transformers' own name for it; nn.Module's types know tensors and modules only
-            vars(layer)["_gradient_checkpointing_func"] = _recompute_from_cpu if offloads else _recompute
-
-
-def _recompute(function: Any, *args: Any) -> Any:
-    # A LLaMA layer draws no random numbers: saving the generator's state would cost a device synchronisation
-    # per layer.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _recompute_from_cpu(function: Any, *args: Any) -> Any:
-    # The checkpoint's own hooks catch whatever is saved inside it, parameters included; only its inputs reach
-    # these.
-    inputs: list[torch.Tensor] = [value for value in args if torch.is_tensor(value)]
-    assert not any(isinstance(value, nn.Parameter) for value in inputs), (
-        "a frozen weight would be copied on every step"
+        layer.gradient_checkpointing = inputs is not None and index >= first_layer
+        vars(layer).pop(_FUNCTION, None)  # nn.Module's types know tensors and modules only
+        if inputs is not None and index >= first_layer:
+            vars(layer)[_FUNCTION] = partial(
+                inputs.run, index - first_layer, is_own_checkpoint=getattr(layer, "keeps_only_input", False)
+            )
+    if settings is None or (settings.number_checkpoints or 0) <= num_trained:
+        return ()
+    return (
+        f"activation_checkpointing.number_checkpoints: no effect of {settings.number_checkpoints}; "
+        f"{num_trained} layers train, and each keeps its input",
     )
-    with save_on_cpu(pin_memory=any(value.is_cuda for value in inputs)):
-        return _recompute(function, *args)
+
+
+def inputs_every(num_layers: int, number_checkpoints: int | None) -> int:
+    """Return k, the layers per kept input: ceil(num_layers / number_checkpoints), at least 1.
+
+    DeepSpeed's rule, over the layers that train: those below keep nothing. ceil(num_layers / k) inputs are
+    kept, which is at most the number asked for: of 30 layers and 20, every second one's, 15.
+    """
+    return 1 if number_checkpoints is None else max(1, -(-num_layers // number_checkpoints))
+
+
+def offload_engine(model: LlamaForCausalLM) -> OffloadEngine | None:
+    """Return the engine that keeps the inputs of ``model``'s layers elsewhere; None without one."""
+    function: Any = vars(model.model.layers[-1]).get(_FUNCTION)
+    inputs = getattr(getattr(function, "func", None), "__self__", None)
+    return inputs.engine if isinstance(inputs, LayerInputs) else None
+
+
+def _make_engine(
+    model: LlamaForCausalLM, settings: ActivationCheckpointing, nvme_path: str | None
+) -> OffloadEngine | None:
+    if not settings.cpu_checkpointing:
+        return None
+    if nvme_path is None:
+        return HostOffload()
+    engine = DriveOffload(Path(nvme_path))
+    if holds_data(model.model.embed_tokens.weight):
+        engine.check()
+    return engine

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparse_llama.adapters.attach import attach_adapters, first_trained_layer
+from sparse_llama.adapters.rotation import same_rotation, with_rotation
 from sparse_llama.adapters.stored import (
     LoadedAdapter,
     base_of_adapter,
@@ -26,14 +27,17 @@ from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, apply
 from sparse_llama.attention.interface import AttentionPlan, attach_attention, plan_attention
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.config.layers import LayerSparsities
+from sparse_llama.config.rope import FixedRopeParameters
 from sparse_llama.config.settings import AdapterSettings, Settings
 from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
+from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.errors import CheckpointError, ConfigError, ModelError
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.memory.head_groups import group_heads
 from sparse_llama.memory.tiles import tile_layers
 from sparse_llama.model.files import resolve_model
-from sparse_llama.model.llama import LoadedLlama, load_llama, read_config, read_config_json
+from sparse_llama.model.llama import load_llama, read_config, read_config_json
+from sparse_llama.model.rope import Positions, describe_positions, run_positions
 
 MODELLING_CODE = Path(__file__).parent / "exported" / "modeling_sparse_llama.py"
 
@@ -50,6 +54,8 @@ class Assembled:
     """The tensors of that adapter, which the engine has yet to be given."""
     folder: Path
     """Of the base, where its tokenizer is too."""
+    rope_parameters: FixedRopeParameters | None
+    """The rotary settings in place of the base's; None is the base's own."""
     notices: tuple[str, ...]
     """What the user has to be told, such as random weights."""
 
@@ -77,14 +83,22 @@ def assemble(
     device: torch.device | str = "cpu",
     checkpointing: ActivationCheckpointing | None = None,
     zero3_config: dict[str, Any] | None = None,
+    sequence: SequenceParallel | None = None,
 ) -> Assembled:
     """Return the adapted model of a run, untrained; see ``load_llama`` for ``zero3_config`` and what is
-    raised."""
+    raised.
+
+    Args:
+        sequence: the ranks that share each row.
+    """
+    base = read_config(resolve_model(settings.model.path, settings.model.revision))
+    positions = run_positions(base, settings)
     loaded = load_llama(
         settings.model.path,
         dtype=dtype,
         device=device,
         revision=settings.model.revision,
+        config=positions.config,
         random_weights=settings.model.random_weights,
         seed=settings.seed,
         zero3_config=zero3_config,
@@ -95,22 +109,24 @@ def assemble(
         master_length=settings.attention.master_length or settings.seq_length,
         seed=settings.seed,
         backend=settings.attention.backend,
+        sequence=sequence,
     )
-    adapter, start, notices = settings.adapter, None, loaded.notices
+    adapter, start, notices = settings.adapter, None, (*loaded.notices, *positions.notices)
     if settings.training.init_adapter is not None:
-        stored = _read_start(settings, loaded, layouts)
+        stored = _read_start(settings, base, positions, layouts)
         adapter, start, notices = stored.file.adapter, stored.tensors, (*notices, *stored.notices)
     attach_attention(loaded.model, plan)
     attach_adapters(loaded.model, adapter, seed=settings.seed, dtype=dtype)
     tile_layers(loaded.model, settings.memory)
     group_heads(loaded.model, settings.memory)
-    checkpoint_layers(
+    said = checkpoint_layers(
         loaded.model,
         checkpointing,
         first_trained_layer(loaded.model),
         nvme_path=settings.memory.checkpoint_nvme_path,
     )
-    return Assembled(loaded.model, plan, adapter, start, loaded.folder, notices)
+    rope = positions.rope_parameters
+    return Assembled(loaded.model, plan, adapter, start, loaded.folder, rope, (*notices, *said))
 
 
 def open_model(
@@ -170,18 +186,27 @@ def is_own_modelling_code(folder: Path) -> bool:
     return code == [folder / MODELLING_CODE.name] and filecmp.cmp(code[0], MODELLING_CODE, shallow=False)
 
 
-def _read_start(settings: Settings, loaded: LoadedLlama, layouts: LayerSparsities) -> LoadedAdapter:
-    """Return the adapter that a run trains on from; that it attended otherwise is a notice."""
+def _read_start(
+    settings: Settings, base_config: LlamaConfig, positions: Positions, layouts: LayerSparsities
+) -> LoadedAdapter:
+    """Return the adapter that a run trains on from; that it attended or turned positions otherwise is a
+    notice."""
     path = Path(settings.training.init_adapter or "")
     base = BaseModelReference(path=settings.model.path, revision=settings.model.revision)
     try:
-        stored = read_adapter(find_adapter(path), loaded.model.config, base_model=base)
+        stored = read_adapter(find_adapter(path), positions.config, base_model=base)
     except CheckpointError as error:
         raise CheckpointError(f"sparse_llama.training.init_adapter: {error}") from error
-    if stored.file.layouts.distinct == layouts.distinct:
-        return stored
-    notice = f"{path}: was trained with {stored.file.layouts} attention, this run attends {layouts}"
-    return replace(stored, notices=(*stored.notices, notice))
+    file, notices = stored.file, list(stored.notices)
+    if file.layouts.distinct != layouts.distinct:
+        notices.append(f"{path}: was trained with {file.layouts} attention, this run attends {layouts}")
+    its_config = with_rotation(base_config, file.rope_parameters, file.seq_length)
+    if not same_rotation(its_config, positions.config):
+        notices.append(
+            f"{path}: was trained with {describe_positions(file.rope_parameters)}, this run has "
+            f"{describe_positions(positions.rope_parameters)}"
+        )
+    return replace(stored, notices=tuple(notices))
 
 
 def _open_adapted(
@@ -200,9 +225,11 @@ def _open_adapted(
     base = BaseModelReference(path=model, revision=revision) if model is not None else named
     assert base is not None
     folder = resolve_model(base.path, base.revision)
-    stored = read_adapter(source, read_config(folder), base_model=base)
+    config = read_config(folder)
+    stored = read_adapter(source, config, base_model=base)
     file, computed_in = stored.file, dtype or getattr(torch, stored.file.dtype)
-    loaded = load_llama(str(folder), dtype=computed_in, device=device)
+    config = with_rotation(config, file.rope_parameters, file.seq_length)
+    loaded = load_llama(str(folder), dtype=computed_in, device=device, config=config)
     plan = plan_of_adapter(file, loaded.model.config)
     if dense_attention:
         if not plan.masters:

@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 
-Case = tuple[str, str, int, bool, bool]
-"""Precision, version, stage, whether layers are checkpointed, and whether the model is loaded in parts."""
+Case = tuple[str, str, int, str, bool]
+"""Precision, version, stage, which layer inputs are kept, and whether the model is loaded in parts."""
+NESTED = {"v1": "every second, on a drive", "v2": "every second, on the host"}
 CASES: list[Case] = [
-    *(("fp32", version, stage, True, False) for version, stage in product(("v1", "v2"), (0, 1, 2))),
-    *(("bf16", "v2", stage, True, False) for stage in (0, 1, 2)),
-    ("fp32", "v2", 3, True, False),  # loaded whole, partitioned by the engine
+    *(("fp32", version, stage, "every", False) for version, stage in product(("v1", "v2"), (0, 1, 2))),
+    *(("fp32", version, stage, NESTED[version], False) for version, stage in product(("v1", "v2"), (0, 2))),
+    *(("bf16", "v2", stage, "every", False) for stage in (0, 1, 2)),
+    ("fp32", "v2", 2, "every second, of head groups", False),
+    ("fp32", "v2", 3, "every", False),  # loaded whole, partitioned by the engine
     *(
-        ("fp32", version, 3, is_checkpointed, True)
-        for version, is_checkpointed in product(("v1", "v2"), (True, False))
+        ("fp32", version, 3, checkpoints, True)
+        for version in ("v1", "v2")
+        for checkpoints in ("every", "none", NESTED[version], "every second, of head groups")
     ),
-    ("bf16", "v2", 3, True, True),
+    ("bf16", "v2", 3, "every", True),
 ]
 SOURCE = "import runpy, sys; sys.argv[0] = 'zero_steps'; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 
@@ -30,7 +34,7 @@ def results(tiny_llama, run_python, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("zero")
     tiny_llama().save_pretrained(folder / "base")
     tiny_llama(tie_word_embeddings=True).save_pretrained(folder / "tied")
-    names = ("precision", "version", "stage", "is_checkpointed", "is_partitioned")
+    names = ("precision", "version", "stage", "checkpoints", "is_partitioned")
     cases = [{"folder": str(folder / "base"), **dict(zip(names, case, strict=True))} for case in CASES]
     cases += [{"folder": str(folder / name), "only_weights": True} for name in ("base", "tied")]
     program = str(Path(__file__).with_name("zero_steps.py"))

@@ -22,22 +22,40 @@ from sparse_llama.adapters.attach import (
     trainable_parameters,
 )
 from sparse_llama.attention.interface import AttentionPlan, attach_attention
-from sparse_llama.config.settings import AdapterSettings
+from sparse_llama.config.settings import AdapterSettings, MemorySettings
 from sparse_llama.distributed import ranks
 from sparse_llama.memory.checkpointing import checkpoint_layers
+from sparse_llama.memory.head_groups import group_heads
 from sparse_llama.model.llama import load_llama
 from sparse_llama.model.objective import TokenLoss
 from sparse_llama.training.masters import read_masters
 
 LEARNING_RATE = 0.02
+CHECKPOINTS = {
+    "every": {},
+    "every second, on the host": {"cpu_checkpointing": True, "number_checkpoints": 2},
+    "every second, on a drive": {"cpu_checkpointing": True, "number_checkpoints": 2},
+    "every second, of head groups": {"cpu_checkpointing": True, "number_checkpoints": 2},
+}
+"""Layer inputs that are kept, and where."""
 
 
-def build(folder: str, version: str, *, dtype=torch.float32, zero3_config=None, checkpointing=None):
+def build(
+    folder: str,
+    version: str,
+    *,
+    dtype=torch.float32,
+    zero3_config=None,
+    checkpointing=None,
+    drive=None,
+    head_groups=None,
+):
     model = load_llama(folder, dtype=dtype, zero3_config=zero3_config).model
     attach_attention(model, AttentionPlan((None,) * model.config.num_hidden_layers))
     settings = AdapterSettings(version=version, prompt_length=3, start_layer=1)
     attach_adapters(model, settings, seed=1, dtype=model.dtype)
-    checkpoint_layers(model, checkpointing, first_trained_layer(model))
+    group_heads(model, MemorySettings(head_groups=head_groups))
+    checkpoint_layers(model, checkpointing, first_trained_layer(model), nvme_path=drive)
     for name, parameter in trainable_parameters(model):  # at gate 0 a prompt has no gradient
         if name.endswith("zero_init.gate"):
             parameter.data.fill_(0.5)
@@ -80,7 +98,12 @@ def configuration(stage: int, precision: str, *, offload: bool = False) -> dict:
 
 
 def run(
-    folder: str, version: str, stage: int, precision: str, is_checkpointed: bool, is_partitioned: bool
+    folder: str,
+    version: str,
+    stage: int,
+    precision: str,
+    checkpoints: str,
+    is_partitioned: bool,
 ) -> dict:
     from sparse_llama.config.deepspeed import ActivationCheckpointing
 
@@ -92,7 +115,9 @@ def run(
         version,
         dtype=dtype,
         zero3_config=config if is_partitioned else None,
-        checkpointing=ActivationCheckpointing() if is_checkpointed else None,
+        checkpointing=None if checkpoints == "none" else ActivationCheckpointing(**CHECKPOINTS[checkpoints]),
+        drive=folder if checkpoints.endswith("on a drive") else None,
+        head_groups=2 if checkpoints.endswith("of head groups") else None,
     )
     groups = parameter_groups(model, weight_decay=0.1)
     engine, *_ = deepspeed.initialize(model=TokenLoss(model), model_parameters=groups, config=config)
