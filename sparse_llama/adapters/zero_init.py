@@ -13,7 +13,7 @@ gate for all heads of a layer is an option too: PEFT's ``adaption_prompt``.
 ``P`` prompt tokens.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparse_llama.attention.core import attend, statistics_dtype
+from sparse_llama.attention.core import attend, row_products, statistics_dtype, token_slices
 from sparse_llama.attention.interface import AttentionCore, attention_core
 
 ATTENTION_NAME = "zero_init"
@@ -77,8 +77,8 @@ class ZeroInitAttention(nn.Module):
             for one_key, one_value, gate in zip(
                 keys.split(lengths, 1), values.split(lengths, 1), gates, strict=True
             ):
-                probability = _probability(query, one_key, scaling)
-                output = output + _prompt_output(probability, one_value, gate, query.dtype)
+                probability = prompt_probability(query, one_key, scaling)
+                output = output + prompt_output(probability, one_value, gate, query.dtype)
             return output
         return _PromptedAttention.apply(core, query, key, value, keys, values, gates, scaling)
 
@@ -152,9 +152,10 @@ class _PromptedAttention(torch.autograd.Function):
         gate: torch.Tensor,  # (H,)
         scaling: float,
     ) -> torch.Tensor:
-        output, lse = core.forward(query, key, value)
-        probability = _probability(query, prompt_key, scaling)
-        total = output + _prompt_output(probability, prompt_value, gate, query.dtype)
+        total, lse = core.forward(query, key, value)
+        for tokens in token_slices(query.shape[2]):
+            probability = prompt_probability(query[:, :, tokens], prompt_key, scaling)
+            total[:, :, tokens] += prompt_output(probability, prompt_value, gate, query.dtype)
         ctx.core, ctx.scaling = core, scaling
         ctx.save_for_backward(query, key, value, total, lse, prompt_key, prompt_value, gate)
         return total
@@ -163,29 +164,83 @@ class _PromptedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, total, lse, prompt_key, prompt_value, gate = ctx.saved_tensors
-        statistics = statistics_dtype(query.dtype)
-        num_kv_heads = prompt_key.shape[0]
-        probability = _probability(query, prompt_key, ctx.scaling)  # (B, K, G, T, P)
-        output = total - _prompt_output(probability, prompt_value, gate, query.dtype)
-
-        grouped_grad, grouped_query = _group(grad, num_kv_heads), _group(query, num_kv_heads)
-        grouped_gate = gate.to(statistics).view(num_kv_heads, -1, 1, 1)  # (K, G, 1, 1)
-        ungated = torch.einsum("bkgtd,kpd->bkgtp", grouped_grad, prompt_value).to(statistics)
-        row_sum = (probability * ungated).sum(
-            -1, keepdim=True
-        )  # (B, K, G, T, 1) = rowsum(do * prompt part) / gate
-        delta = (grad.to(statistics) * total.to(statistics)).sum(-1) - (grouped_gate * row_sum).flatten(
-            1, 2
-        ).squeeze(-1)
+        # Alive beside these at the core's backward pass: output, delta and the prompt's part of the query's
+        # gradient; the rest exists for a slice of tokens.
+        output, grad_of_query = torch.empty_like(total), torch.empty_like(query)
+        delta = row_products(grad, total)
+        sums: tuple[torch.Tensor, ...] = tuple(
+            torch.zeros_like(one, dtype=statistics_dtype(one.dtype))
+            for one in (prompt_key, prompt_value, gate)
+        )
+        for tokens in token_slices(query.shape[2]):
+            probability = prompt_probability(query[:, :, tokens], prompt_key, ctx.scaling)  # (B, K, G, t, P)
+            own = prompt_output(probability, prompt_value, gate, query.dtype)
+            torch.sub(total[:, :, tokens], own, out=output[:, :, tokens])
+            prompt = prompt_gradients(
+                grad[:, :, tokens],
+                query[:, :, tokens],
+                prompt_key,
+                prompt_value,
+                gate,
+                probability=probability,
+                scaling=ctx.scaling,
+            )
+            grad_of_query[:, :, tokens] = prompt.query
+            delta[:, :, tokens] -= prompt.row_sum
+            for total_sum, part in zip(sums, (prompt.key, prompt.value, prompt.gate), strict=True):
+                total_sum += part
+        del total  # under a checkpoint the last reference: one (T, C) less for the core
         grad_query, grad_key, grad_value = ctx.core.backward(grad, query, key, value, output, lse, delta)
+        grad_of_query += grad_query
+        of_prompt = (
+            one.to(like.dtype) for one, like in zip(sums, (prompt_key, prompt_value, gate), strict=True)
+        )
+        return None, grad_of_query, grad_key, grad_value, *of_prompt, None
 
-        score_grad = (grouped_gate * ctx.scaling * probability * (ungated - row_sum)).to(query.dtype)
-        gated = (grouped_gate * probability).to(query.dtype)
-        grad_query = grad_query + torch.einsum("bkgtp,kpd->bkgtd", score_grad, prompt_key).flatten(1, 2)
-        grad_prompt_key = torch.einsum("bkgtp,bkgtd->kpd", score_grad, grouped_query)
-        grad_prompt_value = torch.einsum("bkgtp,bkgtd->kpd", gated, grouped_grad)
-        grad_gate = row_sum.sum((0, 3, 4)).flatten().to(gate.dtype)
-        return None, grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value, grad_gate, None
+
+class PromptGradients(NamedTuple):
+    """Gradients of a prompt's attention."""
+
+    query: torch.Tensor  # (B, H, T, D)
+    key: torch.Tensor  # (K, P, D)
+    value: torch.Tensor  # (K, P, D)
+    gate: torch.Tensor  # (H,), in the statistics' type
+    row_sum: torch.Tensor
+    """(B, H, T) rowsum(grad * gated prompt attention)."""
+
+
+def prompt_gradients(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    prompt_key: torch.Tensor,
+    prompt_value: torch.Tensor,
+    gate: torch.Tensor,
+    *,
+    probability: torch.Tensor,
+    scaling: float,
+) -> PromptGradients:
+    """Return the gradients of ``prompt_output(prompt_probability(...))``.
+
+    Args:
+        grad, query: (B, H, T, D).
+        prompt_key, prompt_value: (K, P, D).
+        gate: (H,).
+        probability: what ``prompt_probability`` returned.
+    """
+    num_kv_heads = prompt_key.shape[0]
+    grouped_grad, grouped_query = _group(grad, num_kv_heads), _group(query, num_kv_heads)
+    grouped_gate = gate.to(probability.dtype).view(num_kv_heads, -1, 1, 1)  # (K, G, 1, 1)
+    ungated = torch.einsum("bkgtd,kpd->bkgtp", grouped_grad, prompt_value).to(probability.dtype)
+    row_sum = (probability * ungated).sum(-1, keepdim=True)  # (B, K, G, T, 1), without the gate
+    score_grad = (grouped_gate * scaling * probability * (ungated - row_sum)).to(query.dtype)
+    gated = (grouped_gate * probability).to(query.dtype)
+    return PromptGradients(
+        query=torch.einsum("bkgtp,kpd->bkgtd", score_grad, prompt_key).flatten(1, 2),
+        key=torch.einsum("bkgtp,bkgtd->kpd", score_grad, grouped_query),
+        value=torch.einsum("bkgtp,bkgtd->kpd", gated, grouped_grad),
+        gate=row_sum.sum((0, 3, 4)).flatten(),
+        row_sum=(grouped_gate * row_sum).flatten(1, 2).squeeze(-1),
+    )
 
 
 def _group(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -193,13 +248,13 @@ def _group(tensor: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     return tensor.unflatten(1, (num_kv_heads, -1))
 
 
-def _probability(query: torch.Tensor, prompt_key: torch.Tensor, scaling: float) -> torch.Tensor:
+def prompt_probability(query: torch.Tensor, prompt_key: torch.Tensor, scaling: float) -> torch.Tensor:
     """Return the (B, K, G, T, P) softmax over the prompt."""
     scores = torch.einsum("bkgtd,kpd->bkgtp", _group(query, prompt_key.shape[0]), prompt_key)
     return (scores.to(statistics_dtype(query.dtype)) * scaling).softmax(-1)
 
 
-def _prompt_output(
+def prompt_output(
     probability: torch.Tensor, prompt_value: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the gated prompt attention, (B, H, T, D); exactly zero at gate 0."""
