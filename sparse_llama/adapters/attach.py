@@ -16,13 +16,21 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from sparse_llama.adapters.bank import DEFAULT, AdapterBank, NamedAdapter, bank_of
 from sparse_llama.adapters.mlp import AdaptedMLP
 from sparse_llama.adapters.norm import AdaptedRMSNorm
-from sparse_llama.adapters.scale_bias import ScaleBiasLinear
+from sparse_llama.adapters.scale_bias import Becomes, ScaleBiasLinear
 from sparse_llama.adapters.zero_init import ATTENTION_NAME, ZeroInitAttention, register_zero_init_attention
 from sparse_llama.attention.interface import AttentionPlan, attach_attention
 from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.errors import ConfigError
 
-_ROTATED = ("q_proj", "k_proj")  # attention keeps their outputs rotated
+_BECOMES: dict[str, Becomes] = {
+    "q_proj": "rotated",
+    "k_proj": "rotated",
+    "v_proj": "kept",
+    "o_proj": "added",
+    "gate_proj": "product",
+    "up_proj": "product",
+    "down_proj": "added",
+}
 
 
 def attach_adapters(
@@ -148,7 +156,7 @@ def _wrap_parts(module: nn.Module, settings: AdapterSettings) -> None:
         elif type(child) is LlamaRMSNorm and _keeps_norms_input(settings):
             wrapped = AdaptedRMSNorm(child)
         elif type(child) is nn.Linear and name in settings.scaled | settings.biased:
-            wrapped = ScaleBiasLinear(child, becomes="rotated" if name in _ROTATED else "kept")
+            wrapped = ScaleBiasLinear(child, becomes=_BECOMES[name])
         if wrapped is not child:
             setattr(module, name, wrapped)
         _wrap_parts(wrapped, settings)

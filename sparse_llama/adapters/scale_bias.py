@@ -4,24 +4,27 @@
 
 The scale is on the output, as in lit-llama (``lit_llama/adapter_v2.py``, 2a464de, lines 30-47).
 
-Plain autograd would keep z = W x + bias_base + bias of every layer for the scale's gradient, sum(grad * z):
-5C + 2F numbers per token and decoder layer, 85 KB at 7B in bf16. Here that gradient comes from what somebody
-keeps anyway:
+Plain autograd would keep z = W x + bias_base + bias of every layer for the scale's gradient, sum(grad * z),
+beside what others keep: 5C + 2F numbers per token and decoder layer, 85 KB at 7B in bf16. Here:
 
-    v, gate, up     the output, sum(grad * y) / scale: attention keeps v, the MLP's product its two factors
-    o, down         the output too; mlp.py keeps one tensor less, which pays for both
-    q, k            attention keeps them rotated. In 16 bits the output: norm.py keeps 2C bytes per norm where
+    gate, up        mlp.py's product keeps z in place of y, and makes y anew
+    o, down         z: nobody keeps y. mlp.py keeps one tensor less, which pays for both
+    q, k            attention keeps them rotated. In 16 bits z: norm.py keeps 2C bytes per norm where
                     transformers' keeps 4C, which pays for both. In fp32 the input, as the head
+    v               attention keeps y, and sum(grad * y) / scale is as near as a sum over z to fp64's within
+                    the rounding of y (measured for scales from 1 to 1e-8). In fp16, whose y vanishes below
+                    6e-8, the input, as the head
     the head        the input: the loss keeps no logits. z is computed again, 2 in * out operations per token,
                     and so is the input where it comes from a norm
 
-Scaling costs a pass over the product, folding the scale into W one over the weight: whichever is smaller is
-done, and a folded weight lives as long as its product takes.
+Where every tensor counts (``remakes``) q and k do as the head, and so does v.
+
+Scaling costs a pass over the product, folding the scale into W one over the weight: where nobody needs z,
+whichever is smaller is done, and a folded weight lives as long as its product takes.
 
 ``C`` model width, ``F`` the MLP's width.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -29,15 +32,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from sparse_llama.adapters.linear_parts import LinearParts, computing_dtype, linear_parts, sum_rows
 from sparse_llama.adapters.norm import Normed, normalise, normed_from
-from sparse_llama.attention.core import statistics_dtype
 
-Becomes = Literal["kept", "rotated", "logits"]
+Becomes = Literal["kept", "rotated", "added", "product", "logits"]
+Keeps = Literal["product", "output", "input"]
 
-# Numbers whose fp32 copies and products are made and summed at a time, not T x F: few enough for a CPU's
-# cache (2,048 x 11,008 in 13 ms in place of 44), enough for a GPU to be busy.
-_SLICE, _SLICE_ON_GPU = 1 << 20, 1 << 23
-_SLICE_ROWS = 512  # but no fewer rows, or a product over them would spend its time reading the weight
+_LEAST_ROWS = 512  # of a product made again, or it would spend its time reading the weight
 
 
 class ScaleBiasLinear(nn.Linear):
@@ -47,7 +48,8 @@ class ScaleBiasLinear(nn.Linear):
     embedding stays tied, a ZeRO-3 partition stays one, and the base's names in a state dict do not change.
 
     Args:
-        becomes: what the output becomes that others keep: it stays as it is, is rotated, or is logits.
+        becomes: what the output becomes: attention keeps it as it is ("kept") or rotated, it is added to the
+            residual stream, is a factor of the MLP's product, or is logits.
     """
 
     adapter_scale: nn.Parameter | None
@@ -58,6 +60,8 @@ class ScaleBiasLinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.becomes: Becomes = becomes
+        self.remakes = False
+        """Compute z again for the scale's gradient, 2 in * out operations per token, rather than keep it."""
         self.register_parameter("adapter_scale", None)
         self.register_parameter("adapter_bias", None)
 
@@ -71,26 +75,38 @@ class ScaleBiasLinear(nn.Linear):
             parameters["adapter_bias"] = nn.Parameter(torch.zeros(self.out_features, **like))
         return parameters
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the scaled and shifted projection; equal to the base's to the bit at scale 1 and bias 0."""
-        scale, shift = self.adapter_scale, self.adapter_bias
-        weight, bias, normed = self.weight, self.bias, normed_from(input)
-        if torch.is_autocast_enabled(input.device.type):  # a backward pass of our own runs outside of it
-            dtype = torch.get_autocast_dtype(input.device.type)
-            input, weight = input.to(dtype), weight.to(dtype)
-        total = _total_bias(bias, shift, weight.dtype)
-        if scale is None:
-            return F.linear(input, weight, total)
-        if not (torch.is_grad_enabled() and _any_trains(input, weight, bias, scale, shift)):
-            return _scaled_linear(input, weight, total, scale.to(weight.dtype))
-        if _any_trains(weight, bias):  # no adapter's business, but their gradients must not get lost
-            return F.linear(input, weight, total) * scale.to(weight.dtype)
-        keeps_output = self.becomes == "kept" or (self.becomes == "rotated" and weight.dtype.itemsize < 4)
-        return _ScaledLinear.apply(input, weight, bias, scale, shift, keeps_output, normed)
+    def forward(self, input: torch.Tensor, *, is_scaled: bool = True) -> torch.Tensor:
+        """Return the scaled and shifted projection; equal to the base's to the bit at scale 1 and bias 0.
+
+        Args:
+            is_scaled: False leaves out the scale and gives neither scale nor bias a gradient; the caller does
+                (``mlp.py``).
+        """
+        parts, normed = linear_parts(self), normed_from(input)
+        dtype = computing_dtype(input, parts.weight)
+        if dtype != parts.weight.dtype:
+            input, parts = input.to(dtype), parts.to(dtype)
+        if not is_scaled:
+            total = parts.total_bias()
+            return F.linear(input, parts.weight, None if total is None else total.detach())
+        if parts.scale is None:
+            return parts.unscaled(input)
+        if not (torch.is_grad_enabled() and _any_trains(input, *parts)):
+            return _scaled_linear(input, parts)
+        if not parts.is_frozen:  # no adapter's business, but its gradients must not get lost
+            return parts.scaled(parts.unscaled(input))
+        return _ScaledLinear.apply(input, *parts, self._keeps(parts.weight.dtype), normed)
+
+    def _keeps(self, dtype: torch.dtype) -> Keeps:
+        if self.becomes == "logits" or (self.remakes and self.becomes in ("kept", "rotated")):
+            return "input"
+        if self.becomes == "kept":
+            return "input" if dtype == torch.float16 else "output"
+        return "input" if self.becomes == "rotated" and dtype.itemsize >= 4 else "product"
 
 
 class _ScaledLinear(torch.autograd.Function):
-    """The layer as one node. It saves parameters as they are (ZeRO-3 gathers them again) and no x or z."""
+    """The layer as one node. It saves parameters as they are: ZeRO-3 gathers them again."""
 
     @staticmethod
     def forward(
@@ -100,17 +116,24 @@ class _ScaledLinear(torch.autograd.Function):
         bias: torch.Tensor | None,  # (out,), the base's
         scale: torch.Tensor,  # (out,)
         shift: torch.Tensor | None,  # (out,), the adapter's
-        keeps_output: bool,
+        keeps: Keeps,
         normed: Normed | None,
     ) -> torch.Tensor:
-        ctx.divides = ctx.needs_input_grad[3] and keeps_output
-        factor = _factor(scale, weight.dtype, is_divisor=ctx.divides)
-        output = _scaled_linear(input, weight, _total_bias(bias, shift, weight.dtype), factor)
+        needs_scale = ctx.needs_input_grad[3]
+        ctx.keeps = keeps if needs_scale else None
+        parts = LinearParts(weight, bias, scale, shift)
         kept: tuple[torch.Tensor, ...] = ()
-        if ctx.divides:
-            kept = (output,)
-        elif ctx.needs_input_grad[3]:
-            kept = (input,) if normed is None else (normed.hidden, normed.weight)
+        if ctx.keeps == "product":
+            product = parts.unscaled(input)
+            output, kept = parts.scaled(product), (product,)
+        else:
+            if ctx.keeps == "output":
+                parts = parts._replace(scale=_divisor(scale, weight.dtype))
+            output = _scaled_linear(input, parts)
+            if ctx.keeps == "output":
+                kept = (output,)
+            elif ctx.keeps == "input":
+                kept = (input,) if normed is None else (normed.hidden, normed.weight)
         ctx.epsilon = None if normed is None else normed.epsilon
         ctx.save_for_backward(weight, bias, scale, shift, *kept)
         return output
@@ -120,27 +143,27 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         weight, bias, scale, shift, *kept = ctx.saved_tensors
         needs_input, _, _, needs_scale, needs_shift, _, _ = ctx.needs_input_grad
-        factor = _factor(scale, weight.dtype, is_divisor=ctx.divides)
+        parts = LinearParts(weight, bias, scale, shift)
+        factor = _divisor(scale, weight.dtype) if ctx.keeps == "output" else scale.to(weight.dtype)
         grad_input = grad_scale = grad_shift = None
         if needs_input:
             grad_input = _scaled_product(grad, weight, factor)
         if needs_scale or needs_shift:
-            total = _total_bias(bias, shift, weight.dtype)
 
             def factors(rows: slice) -> torch.Tensor:
                 part = kept[0].reshape(-1, kept[0].shape[-1])[rows]
-                if ctx.divides:
-                    return part  # of y
+                if ctx.keeps != "input":
+                    return part  # of z, or of y
                 if ctx.epsilon is not None:
                     part = normalise(Normed(part, kept[1], ctx.epsilon))
-                return F.linear(part.to(weight.dtype), weight, total)  # z
+                return parts.unscaled(part.to(weight.dtype))
 
-            least_rows = 1 if ctx.divides else _SLICE_ROWS
-            grad_sum, product_sum = _sum_rows(grad, factors if needs_scale else None, least_rows)
+            least_rows = _LEAST_ROWS if ctx.keeps == "input" else 1
+            grad_sum, product_sum = sum_rows(grad, factors if needs_scale else None, least_rows)
             if needs_shift:
                 grad_shift = (grad_sum * factor).to(shift.dtype)
             if needs_scale:
-                grad_scale = (product_sum / factor if ctx.divides else product_sum).to(scale.dtype)
+                grad_scale = (product_sum / factor if ctx.keeps == "output" else product_sum).to(scale.dtype)
         return grad_input, None, None, grad_scale, grad_shift, None, None
 
 
@@ -148,27 +171,12 @@ def _any_trains(*tensors: torch.Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _total_bias(
-    bias: torch.Tensor | None, shift: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """Return the sum of the base's bias and the adapter's, rounded once."""
-    if bias is not None and shift is not None:
-        return (bias + shift).to(dtype)
-    total = bias if shift is None else shift
-    return None if total is None else total.to(dtype)
+def _divisor(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the scale in the layer's dtype, away from 0, so that y / scale still knows z.
 
-
-def _factor(scale: torch.Tensor, dtype: torch.dtype, *, is_divisor: bool) -> torch.Tensor:
-    """Return the scale in the layer's dtype; as a divisor away from 0, so that y / scale still knows z.
-
-    What stands for 0 is 1e-19 in fp32 and bf16: y is as good as 0, and as exact as ever. fp16 has no such
-    number; its 6e-5 leaves y below the rounding of 1 and y / scale within 5e-4.
+    What stands for 0 is 1e-19 in fp32 and bf16: y is as good as 0, and as exact as ever.
     """
-    factor = scale.to(dtype)
-    if not is_divisor:
-        return factor
-    limits = torch.finfo(dtype)
-    smallest = min(limits.tiny**0.5, limits.eps / 16)
+    factor, smallest = scale.to(dtype), torch.finfo(dtype).tiny ** 0.5
     return factor.masked_fill(factor.abs() < smallest, smallest)
 
 
@@ -177,36 +185,14 @@ def _folds(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     return rows.numel() // rows.shape[-1] > weight.shape[1]
 
 
-def _scaled_linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor
-) -> torch.Tensor:
+def _scaled_linear(input: torch.Tensor, parts: LinearParts) -> torch.Tensor:
     """Return scale * (W x + bias), outside of autograd."""
-    if _folds(input, weight):
-        return F.linear(input, weight * scale[:, None], None if bias is None else bias * scale)
-    return F.linear(input, weight, bias).mul_(scale)
+    if parts.scale is None or not _folds(input, parts.weight):
+        return parts.output(input)
+    scale, total = parts.scale.to(parts.weight.dtype), parts.total_bias()
+    return F.linear(input, parts.weight * scale[:, None], None if total is None else total * scale)
 
 
 def _scaled_product(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return (grad * scale) W, the input's gradient."""
     return grad @ (weight * scale[:, None]) if _folds(grad, weight) else (grad * scale) @ weight
-
-
-def _sum_rows(
-    grad: torch.Tensor, factors: Callable[[slice], torch.Tensor] | None, least_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums over all rows of grad and of grad * factors, each (out,), in fp32.
-
-    Args:
-        least_rows: that are summed at a time, however wide they are.
-    """
-    grad = grad.reshape(-1, grad.shape[-1])
-    num_rows, width = grad.shape
-    step = max((_SLICE_ON_GPU if grad.is_cuda else _SLICE) // width, least_rows)
-    grad_sum, product_sum = grad.new_zeros(2, width, dtype=statistics_dtype(grad.dtype))
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        part = grad[rows].to(grad_sum.dtype)
-        grad_sum += part.sum(0)
-        if factors is not None:
-            product_sum += (part * factors(rows)).sum(0)
-    return grad_sum, product_sum

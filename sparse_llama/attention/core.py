@@ -3,12 +3,14 @@
 ``B`` batch, ``T`` tokens, ``H`` query heads, ``K`` key/value heads, ``D`` head width.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.autograd.function import once_differentiable
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_TOKENS_AT_A_TIME = 2048
 
 
 class AttentionCore(Protocol):
@@ -59,8 +61,7 @@ class CoreAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, output, lse = ctx.saved_tensors
-        statistics = statistics_dtype(grad.dtype)
-        delta = (grad.to(statistics) * output.to(statistics)).sum(-1)
+        delta = row_products(grad, output)
         return None, *ctx.core.backward(grad, query, key, value, output, lse, delta)
 
 
@@ -83,6 +84,22 @@ def attend(core: AttentionCore, query: torch.Tensor, key: torch.Tensor, value: t
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type of softmax statistics: fp32, or fp64 under fp64 inputs (gradient checks)."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def token_slices(num_tokens: int) -> Iterator[slice]:
+    """Yield slices of tokens, for what would be several fp32 (B, H, T, D) at a time if it were whole."""
+    for start in range(0, num_tokens, _TOKENS_AT_A_TIME):
+        yield slice(start, start + _TOKENS_AT_A_TIME)
+
+
+def row_products(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Return rowsum(grad * output) of two (B, H, T, D), (B, H, T) in fp32 (fp64 of fp64)."""
+    statistics = statistics_dtype(grad.dtype)
+    sums = torch.empty(grad.shape[:-1], dtype=statistics, device=grad.device)
+    for tokens in token_slices(grad.shape[2]):
+        product = grad[:, :, tokens].to(statistics) * output[:, :, tokens].to(statistics)
+        sums[:, :, tokens] = product.sum(-1)
+    return sums
 
 
 def expand_heads(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
