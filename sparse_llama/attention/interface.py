@@ -5,7 +5,8 @@ already rotated. No forward is copied and nothing is patched. A training or pref
 ``dispatch`` picks for the layer's layout; tokens after a cached prefix get ``decoding``'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,10 @@ from sparse_llama.attention.decoding import DecodingCore
 from sparse_llama.attention.dispatch import Backend, make_core
 from sparse_llama.attention.documents import Documents, find_documents, whole_rows
 from sparse_llama.attention.prepared import MasterLayout, prepare
+from sparse_llama.attention.ulysses import UlyssesCore, own_heads
 from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.sparsity import Sparsity
+from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.errors import ConfigError
 from sparse_llama.layouts import Layout
 
@@ -35,8 +38,12 @@ class AttentionPlan:
     layers: tuple[MasterLayout | None, ...]
     """The layout of each layer, one object for all that share it; None is full causal attention."""
     backend: Backend = "auto"
+    sequence: SequenceParallel | None = None
+    """The ranks that share each row among them; None where a row is one rank's."""
     # All layers of a forward pass ask about the same batch: the last answer is kept, not one per layer.
-    _documents: tuple[torch.Tensor, int, int, Documents] | None = field(default=None, repr=False)
+    _documents: tuple[torch.Tensor, int, int, SequenceParallel | None, Documents] | None = field(
+        default=None, repr=False
+    )
 
     @property
     def masters(self) -> tuple[MasterLayout, ...]:
@@ -75,18 +82,38 @@ class AttentionPlan:
         return None if master is None else master.at(num_tokens)
 
     def documents(self, position_ids: torch.Tensor | None, num_rows: int, num_tokens: int) -> Documents:
-        """Return the documents of a batch."""
+        """Return the documents of a batch, over the whole rows where ranks share them."""
         if position_ids is None:
+            assert self.sequence is None, "where a rank's tokens lie in a row is in their positions"
             return whole_rows(num_rows, num_tokens)
         if position_ids.is_inference():  # such tensors do not say whether they were written to
-            return find_documents(position_ids, num_rows)
-        if self._documents is not None:
-            positions, version, rows, documents = self._documents
-            if positions is position_ids and version == position_ids._version and rows == num_rows:
-                return documents
-        documents = find_documents(position_ids, num_rows)
-        self._documents = (position_ids, position_ids._version, num_rows, documents)
+            return self._find_documents(position_ids, num_rows)
+        key = (num_rows, position_ids._version, self.sequence)
+        if self._documents is not None and self._documents[0] is position_ids and self._documents[1:4] == key:
+            return self._documents[4]
+        documents = self._find_documents(position_ids, num_rows)
+        self._documents = (position_ids, *key, documents)
         return documents
+
+    def remember(self, position_ids: torch.Tensor, documents: Documents) -> None:
+        """Answer for ``position_ids`` with ``documents``, unread: fake tensors hold no positions."""
+        key = (documents.num_rows, position_ids._version, self.sequence)
+        self._documents = (position_ids, *key, documents)
+
+    def _find_documents(self, position_ids: torch.Tensor, num_rows: int) -> Documents:
+        if self.sequence is not None:  # 8 bytes a token: nothing beside the heads that follow
+            position_ids = self.sequence.gather_tokens(position_ids)
+        return find_documents(position_ids, num_rows)
+
+    @contextmanager
+    def each_rank_alone(self) -> Iterator[None]:
+        """Within it the rows are whole sequences of every rank, as in generation, whatever is shared
+        outside."""
+        sequence, self.sequence = self.sequence, None
+        try:
+            yield
+        finally:
+            self.sequence = sequence
 
 
 def plan_attention(
@@ -96,19 +123,22 @@ def plan_attention(
     master_length: int,
     seed: int,
     backend: Backend = "auto",
+    sequence: SequenceParallel | None = None,
 ) -> AttentionPlan:
     """Return the plan of a model; layers of equal sparsity share a master layout of ``master_length`` tokens.
 
     Args:
         sparsities: of every layer; None is full causal attention.
         seed: of random blocks.
+        sequence: the ranks that share each row.
     """
     masters = {
         sparsity: MasterLayout(sparsity, num_heads=num_heads, num_tokens=master_length, seed=seed)
         for sparsity in dict.fromkeys(sparsities)
         if sparsity is not None
     }
-    return AttentionPlan(tuple(None if one is None else masters[one] for one in sparsities), backend)
+    layers = tuple(None if one is None else masters[one] for one in sparsities)
+    return AttentionPlan(layers, backend, sequence)
 
 
 def attach_attention(model: LlamaForCausalLM, plan: AttentionPlan) -> None:
@@ -176,16 +206,20 @@ def attention_core(
 
     Args:
         module: the LlamaAttention, which points to its plan.
-        position_ids: (B, T) or (1, T), 0 where a document starts; None is one document a row.
+        position_ids: (B, T) or (1, T), 0 where a document starts; None is one document a row. Where ranks
+            share the rows, all of this is of the rank's own tokens.
         heads: the layer's query heads that ``query`` holds, by which a layout knows them; None is all.
     """
     plan: AttentionPlan = module.attention_plan  # type: ignore[assignment]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    num_rows, _, num_tokens, _ = query.shape
+    num_rows, num_heads, num_tokens, _ = query.shape
     if key.shape[2] > num_tokens:
         return DecodingCore(plan.layout(layer, key.shape[2]), scaling)
     documents = plan.documents(position_ids, num_rows, num_tokens)
     layout = plan.layout(layer, documents.longest)
+    if plan.sequence is not None:
+        heads = own_heads(range(num_heads) if heads is None else heads, plan.sequence)
     if layout is not None and heads is not None:
         layout = layout.for_heads(heads)
-    return make_core(layout, documents, query, scaling=scaling, backend=plan.backend)
+    core = make_core(layout, documents, query, scaling=scaling, backend=plan.backend)
+    return core if plan.sequence is None else UlyssesCore(core, plan.sequence)

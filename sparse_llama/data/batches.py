@@ -1,6 +1,6 @@
 """Batches as a function of the step: nothing to remember, so a resumed run takes up where it was killed.
 
-``B`` rows of a micro-batch, ``T`` tokens.
+``B`` rows of a micro-batch, ``T`` tokens. Where R ranks share each row, a batch is one rank's T / R of them.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,20 @@ import torch.nn.functional as F
 from sparse_llama.data.packing import IGNORED, PADDING, Row
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Which of how many equal parts of each row a rank holds."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Shard()
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch; (B, T) int64 each."""
+    """A micro-batch, or a rank's part of it; (B, T) int64 each."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -39,12 +50,23 @@ class Batch:
 
 
 class Batches:
-    """The training rows, in an order that is drawn anew every epoch, shared out among ranks."""
+    """The training rows, in an order that is drawn anew every epoch, shared out among ranks.
+
+    ``rank`` of ``world_size`` counts those that read different rows: with sequence parallelism, the groups.
+    """
 
     def __init__(
-        self, rows: list[Row], *, micro_batch_size: int, rank: int, world_size: int, seed: int
+        self,
+        rows: list[Row],
+        *,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shard: Shard = WHOLE,
     ) -> None:
         assert len(rows) > 0
+        self._shard = shard
         self._rows, self._micro, self._rank, self._world = rows, micro_batch_size, rank, world_size
         self._seed = seed
         self._epoch_order = lru_cache(maxsize=2)(self._draw_order)  # a step may reach into the next epoch
@@ -68,7 +90,8 @@ class Batches:
         batches: list[Batch] = []
         for micro_step in range(accumulation):
             start = first + (micro_step * self._world + self._rank) * self._micro
-            batches.append(collate([self._row(number) for number in range(start, start + self._micro)]))
+            rows = [self._row(number) for number in range(start, start + self._micro)]
+            batches.append(collate(rows, self._shard))
         return batches
 
     def _row(self, number: int) -> Row:
@@ -80,7 +103,9 @@ class Batches:
         return torch.randperm(len(self._rows), generator=generator).tolist()
 
 
-def validation_batches(rows: list[Row], *, micro_batch_size: int, rank: int, world_size: int) -> list[Batch]:
+def validation_batches(
+    rows: list[Row], *, micro_batch_size: int, rank: int, world_size: int, shard: Shard = WHOLE
+) -> list[Batch]:
     """Return this rank's share of ``rows`` in order: every row once over all ranks.
 
     Every rank has as many batches as the others, as ZeRO-3 gathers weights in step: a rank that has run out
@@ -88,27 +113,35 @@ def validation_batches(rows: list[Row], *, micro_batch_size: int, rank: int, wor
     """
     pieces = _cut(rows, micro_batch_size)
     pieces += [[_unlabelled(rows[-1])]] * (-len(pieces) % world_size)
-    return [collate(piece) for piece in pieces[rank::world_size]]
+    return [collate(piece, shard) for piece in pieces[rank::world_size]]
 
 
-def count_padding(rows: Sequence[Row], micro_batch_size: int) -> int:
-    """Return the tokens that ``collate`` adds to ``rows``, taken in this order."""
-    longest = (len(piece) * max(map(len, piece)) for piece in _cut(rows, micro_batch_size))
-    return sum(longest) - sum(map(len, rows))
+def count_padding(rows: Sequence[Row], micro_batch_size: int, num_shards: int = 1) -> int:
+    """Return the tokens that ``collate`` adds to ``rows``, taken in this order, over all shards."""
+    padded = (len(piece) * _padded_length(piece, num_shards) for piece in _cut(rows, micro_batch_size))
+    return sum(padded) - sum(map(len, rows))
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Return rows as one batch, the shorter ones padded at their ends by more positions of their last
-    document: attention is causal, so what stands after a document changes nothing in it.
+def collate(rows: Sequence[Row], shard: Shard = WHOLE) -> Batch:
+    """Return rows as one batch, or a part of its tokens; short ones are padded at their ends by more
+    positions of their last document: attention is causal, so what stands after a document changes nothing in
+    it.
     """
-    longest = max(map(len, rows))
+    longest = _padded_length(rows, shard.count)
     ids = [F.pad(row.ids, (0, longest - len(row)), value=PADDING) for row in rows]
     shifted = [F.pad(row.labels[1:], (0, longest - len(row) + 1), value=IGNORED) for row in rows]
     positions = [
         torch.cat([row.positions, row.positions[-1] + torch.arange(1, 1 + longest - len(row))])
         for row in rows
     ]
-    return Batch(torch.stack(ids).long(), torch.stack(positions).long(), torch.stack(shifted).long())
+    num_own = longest // shard.count
+    own = slice(shard.index * num_own, (shard.index + 1) * num_own)
+    return Batch(*(torch.stack(table)[:, own].long().contiguous() for table in (ids, positions, shifted)))
+
+
+def _padded_length(rows: Sequence[Row], num_shards: int) -> int:
+    longest = max(map(len, rows))
+    return longest + -longest % num_shards
 
 
 def _cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

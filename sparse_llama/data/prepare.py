@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sparse_llama.config.settings import Settings
-from sparse_llama.data.batches import Batch, Batches, count_padding, validation_batches
+from sparse_llama.data.batches import WHOLE, Batch, Batches, Shard, count_padding, validation_batches
 from sparse_llama.data.encode import encode_example
 from sparse_llama.data.ledger import Ledger, Tally
 from sparse_llama.data.packing import Document, Row, one_per_row, pack
@@ -32,11 +32,14 @@ def prepare_data(
     micro_batch_size: int,
     rank: int,
     world_size: int,
+    shard: Shard = WHOLE,
 ) -> PreparedData:
     """Return the training and validation batches of one rank.
 
     Args:
         align: documents of a packed row start at its multiples: the block of a sparse layout, else 1.
+        rank, world_size: of the processes that read different rows.
+        shard: what this process holds of each row that it reads.
 
     Raises:
         DataError: no such data set, too many malformed records, or nothing left to train or validate on.
@@ -45,13 +48,18 @@ def prepare_data(
     training, held_out = read_examples(settings.data, ledger)
     rows, _ = _encode(training, tokenizer, settings, align, ledger.training, "training")
     batches = Batches(
-        rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, seed=settings.seed
+        rows,
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=settings.seed,
+        shard=shard,
     )
-    ledger.training.tokens_padded += count_padding(batches.first_epoch, micro_batch_size)
+    ledger.training.tokens_padded += count_padding(batches.first_epoch, micro_batch_size, shard.count)
     rows, fitting = _encode(held_out, tokenizer, settings, align, ledger.validation, "validation")
-    ledger.validation.tokens_padded += count_padding(rows, micro_batch_size)
+    ledger.validation.tokens_padded += count_padding(rows, micro_batch_size, shard.count)
     held_out_batches = validation_batches(
-        rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size
+        rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, shard=shard
     )
     return PreparedData(batches, held_out_batches, fitting, ledger)
 

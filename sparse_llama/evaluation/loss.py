@@ -14,7 +14,8 @@ def mean_token_loss(objective: nn.Module, batches: list[Batch]) -> float:
 
     Args:
         objective: ``TokenLoss`` or the engine around it, in evaluation mode.
-        batches: this rank's; under ZeRO-3 as many as every other rank's.
+        batches: this rank's, or its parts of them where ranks share rows; under ZeRO-3 as many as every other
+            rank's.
 
     Raises:
         DataError: no rank has a labelled token.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_llama.config.schedule import num_optimizer_steps
-from sparse_llama.data.batches import Batches, collate, count_padding, validation_batches
+from sparse_llama.data.batches import Batches, Shard, collate, count_padding, validation_batches
 from sparse_llama.data.packing import Row
 
 
@@ -87,3 +87,60 @@ def test_validation_takes_every_row_once_in_as_many_batches_on_every_rank(count:
     labels = [batch.shift_labels for share in shares for batch in share]
     found = [n for table in labels for row in table.tolist() for n in [max(row)] if n != -100]
     assert sorted(found) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_parts_of_rows_laid_side_by_side_are_the_rows(count: int):
+    """Also where a document, or a token and its label, lie on both sides of a cut."""
+    rows = [
+        make_row([5, 6, 7, 8, 9], [0, 1, 2, 0, 1], [-100, 6, 7, -100, 9]),
+        make_row([1, 2, 3], [0, 1, 2], [-100, 2, 3]),
+    ]
+    whole = collate(rows)
+    parts = [collate(rows, Shard(index, count)) for index in range(count)]
+    length = -(-5 // count) * count
+    for name in ("input_ids", "position_ids", "shift_labels"):
+        joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert joined.shape == (2, length)
+        assert torch.equal(joined[:, :5], getattr(whole, name)), name
+    assert {part.input_ids.shape for part in parts} == {(2, length // count)}
+    assert joined[:, 5:].eq(-100).all(), "what is padded has no label"
+    assert sum(part.num_labelled for part in parts) == whole.num_labelled == 5
+    assert (
+        torch.cat([part.position_ids for part in parts], dim=1)[0].tolist()
+        == [0, 1, 2, 0, 1, 2, 3, 4][:length]
+    )
+
+
+@pytest.mark.parametrize(("micro", "shards", "padding"), [(1, 2, 2), (2, 2, 6), (3, 4, 8), (1, 4, 8)])
+def test_padding_to_a_multiple_of_the_ranks_is_counted(micro: int, shards: int, padding: int):
+    """Lengths 2 3 4 2 3 4 2, 20 tokens: one by one to even numbers, 2 more; all to 4, 8 more."""
+    assert count_padding(make_rows(7), micro, shards) == padding
+
+
+def test_ranks_that_share_rows_are_given_the_same_ones():
+    rows = [make_row([n] * 4, list(range(4)), [-100, n, n, n]) for n in range(11)]
+    read: list[int] = []
+    for rank in range(2):
+        first, second = (
+            Batches(rows, micro_batch_size=2, rank=rank, world_size=2, seed=7, shard=Shard(index, 2))
+            for index in range(2)
+        )
+        for left, right in zip(first.step(1, 3), second.step(1, 3), strict=True):
+            assert torch.equal(left.input_ids, right.input_ids)
+            assert left.position_ids.tolist() == [[0, 1], [0, 1]]
+            assert right.position_ids.tolist() == [[2, 3], [2, 3]]
+            read += left.input_ids[:, 0].tolist()
+    assert sorted(read) == rows_of_step(11, 1, 2, 3, 2)
+
+
+def test_every_rank_has_as_many_parts_to_validate_on():
+    """ZeRO-3 gathers weights in step, and the ranks of a group exchange heads in step."""
+    shares = [
+        validation_batches(make_rows(7), micro_batch_size=2, rank=rank, world_size=3, shard=Shard(index, 2))
+        for rank in range(3)
+        for index in range(2)
+    ]
+    assert {len(share) for share in shares} == {2}
+    labelled = sum(batch.num_labelled for share in shares for batch in share)
+    assert labelled == sum(len(row) - 1 for row in make_rows(7))

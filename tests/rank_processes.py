@@ -1,0 +1,61 @@
+"""A job of several processes without the launcher, for tests of what they find together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT, find_free_port
+
+
+def run_ranks(script: Path, processes: int, *arguments: str, timeout_s: int = 400) -> list[Any]:
+    """Return what every process of ``script`` printed after "RESULT ", as JSON, by rank."""
+    environment = os.environ | {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_port()),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout_s)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), "\n".join(printed)
+    lines = [next(line for line in text.splitlines() if line.startswith("RESULT ")) for text in printed]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+
+
+def launch(script: Path, processes: int, *arguments: str, timeout_s: int = 400) -> str:
+    """Run ``script`` under the ``deepspeed`` launcher and return what it printed."""
+    command = [sys.executable, Path(sys.executable).with_name("deepspeed")]
+    options = ["--master_port", str(find_free_port()), "--num_gpus", str(processes)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [*command, *options, str(script), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
