@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_llama.adapters.tile_loop import row_tiles
 from sparse_llama.attention.core import statistics_dtype
+from sparse_llama.attention.tile_loop import row_tiles
 
 # Numbers whose fp32 copies and products are made and summed at a time, not T x F: few enough for a CPU's
 # cache (2,048 x 11,008 in 13 ms in place of 44), enough for a GPU to be busy.

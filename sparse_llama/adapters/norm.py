@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sparse_llama.adapters.tile_loop import row_tiles
+from sparse_llama.attention.tile_loop import row_tiles
 
 _NOTE = "_normed_from"
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparse_llama.attention.tile_loop import row_tiles
+
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _TOKENS_AT_A_TIME = 2048
 
@@ -87,9 +89,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def token_slices(num_tokens: int) -> Iterator[slice]:
-    """Yield slices of tokens, for what would be several fp32 (B, H, T, D) at a time if it were whole."""
-    for start in range(0, num_tokens, _TOKENS_AT_A_TIME):
-        yield slice(start, start + _TOKENS_AT_A_TIME)
+    """Return slices of tokens, for what would be several fp32 (B, H, T, D) at a time if it were whole."""
+    return row_tiles(num_tokens, _TOKENS_AT_A_TIME)
 
 
 def row_products(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
     full causal                  PyTorch's own kernels: the numbers of plain LLaMA
     block-sparse on the CPU      ``blockwise``
     block-sparse on CUDA         ``triton``; ``flex`` where its tiles cannot hold the blocks
+    on ``meta``                  what CUDA would get, as allocations without data: a planner's accelerator
 
 A slower core in place of the one that was meant is said once. None changes the numbers: all are exact.
 """
@@ -18,8 +19,10 @@ import torch
 from sparse_llama.attention.blockwise import BlockwiseCore
 from sparse_llama.attention.core import AttentionCore
 from sparse_llama.attention.documents import Documents
+from sparse_llama.attention.kernels import has_flash
 from sparse_llama.attention.prepared import prepare
 from sparse_llama.attention.reference import ReferenceCore
+from sparse_llama.attention.workspace import AllocationCore
 from sparse_llama.errors import ConfigError
 from sparse_llama.layouts import Layout
 
@@ -50,10 +53,15 @@ def make_core(
         layout = None
     if backend == "reference":
         return ReferenceCore(layout, documents, scaling)
-    if layout is None:
-        return BlockwiseCore(None, documents, scaling)
     device = query.device
-    match choose_backend(layout, device, query.dtype, query.shape[-1], backend):
+    if layout is None:
+        if device.type == "meta" and not has_flash(query):
+            return AllocationCore("efficient", None, documents)
+        return BlockwiseCore(None, documents, scaling)
+    chosen = choose_backend(layout, device, query.dtype, query.shape[-1], backend)
+    if device.type == "meta" and (chosen == "triton" or chosen == "flex"):
+        return AllocationCore(chosen, layout, documents)
+    match chosen:
         case "blockwise":
             return BlockwiseCore(prepare(layout).chunked, documents, scaling)
         case "triton":
@@ -87,17 +95,19 @@ def choose_backend(
     if backend == "blockwise":
         raise ConfigError(f"{_KEY}: blockwise is made for the CPU; use auto, triton, flex or reference")
     if backend == "auto":
-        reason = _why_not_triton(layout, dtype, head_dim)
+        reason = _why_not_triton(layout, dtype, head_dim, is_planned=device.type == "meta")
         if reason is None:
             return "triton"
         slower: Backend = "reference" if dtype == torch.float64 else "flex"
+        if device.type == "meta":
+            return slower
         _say_once(f"{_KEY}: {slower} computes what triton would, slower: {reason}")
         return slower
     return backend
 
 
-def _why_not_triton(layout: Layout, dtype: torch.dtype, head_dim: int) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+def _why_not_triton(layout: Layout, dtype: torch.dtype, head_dim: int, *, is_planned: bool) -> str | None:
+    if not is_planned and importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "its kernels have no fp64"

@@ -14,7 +14,7 @@ from sparse_llama.attention.core import Gradients, expand_heads, statistics_dtyp
 aten: Any = torch.ops.aten
 
 
-def _has_flash(query: torch.Tensor) -> bool:
+def has_flash(query: torch.Tensor) -> bool:
     """Return whether the GPU's flash kernel takes these heads; autograd picks a kernel for others."""
     head_dim = query.shape[-1]
     return query.dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
@@ -27,7 +27,7 @@ def causal_forward(
     if query.device.type == "cpu":
         key, value = (expand_heads(tensor, query.shape[1]) for tensor in (key, value))
         return masked_forward(query, key, value, None, scaling, is_causal=True)
-    if _has_flash(query):
+    if has_flash(query):
         result = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
         return result[0], result[1]
     output = _autograd_causal(query, key, value, scaling)
@@ -50,7 +50,7 @@ def causal_backward(
         key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
         grads = masked_backward(grad, query, key, value, output, lse, None, scaling, is_causal=True)
         return grads[0], sum_heads(grads[1], num_kv_heads), sum_heads(grads[2], num_kv_heads)
-    if _has_flash(query):
+    if has_flash(query):
         length = query.shape[2]
         no_seed = torch.zeros((), dtype=torch.uint64, device=query.device)  # read by dropout alone
         return aten._scaled_dot_product_flash_attention_backward(

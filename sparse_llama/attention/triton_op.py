@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparse_llama.attention.core import Gradients, sum_heads
+from sparse_llama.attention.core import Gradients, row_products, sum_heads
 from sparse_llama.attention.documents import Documents
 from sparse_llama.attention.tiles import KeySizes, RowSizes, TiledLayout
 from sparse_llama.errors import ConfigError
@@ -183,7 +183,7 @@ def _differentiate(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tupl
     query, key, value, output, lse, *tables = ctx.saved_tensors
     scaling, is_whole, row_sizes, key_sizes = ctx.options
     num_forward, num_rows, num_keys = ctx.lengths
-    delta = (grad.float() * output.float()).sum(-1)
+    delta = row_products(grad, output)
     grads = block_sparse_attention_backward(
         grad,
         query,

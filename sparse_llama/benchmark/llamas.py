@@ -23,6 +23,7 @@ PLAIN = "transformers"
 """The base as it is, frozen, with PyTorch's attention: what every ratio is over."""
 NO_PEFT = "peft is not installed; pip install peft"
 _LORA_RANK = 8
+_PEFT_PROMPT = "PEFT adaption prompt"
 
 
 def random_llama(
@@ -99,6 +100,17 @@ def contenders(base: LlamaForCausalLM, *, top_layers: int) -> tuple[Llamas, dict
     return llamas, {}
 
 
+def peft_adaption_prompt(base: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Return ``base`` with PEFT's adaption prompts, as long as v1's, and where v1's are; PEFT must be
+    installed."""
+    import peft  # optional
+
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        config = _peft(peft, base.config.num_hidden_layers)[_PEFT_PROMPT]()
+        adapted: Any = peft.get_peft_model(base, config)
+    return adapted.get_base_model()
+
+
 def _peft(library: Any, num_layers: int) -> dict[str, Callable[[], Any]]:
     """Return what PEFT, the ``library``, is asked for; its adaption prompts are as long as v1's, and where
     v1's are."""
@@ -114,7 +126,7 @@ def _peft(library: Any, num_layers: int) -> dict[str, Callable[[], Any]]:
         )
 
     return {
-        "PEFT adaption prompt": lambda: library.AdaptionPromptConfig(**prompts, task_type="CAUSAL_LM"),
+        _PEFT_PROMPT: lambda: library.AdaptionPromptConfig(**prompts, task_type="CAUSAL_LM"),
         "PEFT LoRA, q and v": lambda: lora(["q_proj", "v_proj"]),
         "PEFT LoRA, all linear": lambda: lora("all-linear"),
     }

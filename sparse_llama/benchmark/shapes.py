@@ -29,7 +29,8 @@ class Shape:
 
 SHAPES = {
     "small": Shape(4, 256, 4, 4, 64, 688, 2000),
+    "narrow": Shape(6, 256, 4, 4, 64, 688, 32000),
     "mid": Shape(8, 1024, 16, 16, 64, 2816, 32000),
     "7b": Shape(32, 4096, 32, 32, 128, 11008, 32000),
 }
-"""Of whole models; ``7b`` is LLaMA's."""
+"""Of whole models; ``7b`` is LLaMA's, ``narrow`` has little but its logits."""

@@ -17,6 +17,8 @@ from sparse_llama.cli.models import (
     generate,
     generate_parser,
 )
+from sparse_llama.cli.planning import plan_memory, plan_memory_parser
+from sparse_llama.cli.probe import probe_memory, probe_memory_parser
 from sparse_llama.cli.training import train, train_parser
 
 __all__ = [
@@ -37,6 +39,10 @@ __all__ = [
     "main",
     "overrides",
     "parser",
+    "plan_memory",
+    "plan_memory_parser",
+    "probe_memory",
+    "probe_memory_parser",
     "show_layout",
     "show_layout_parser",
     "train",

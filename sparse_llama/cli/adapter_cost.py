@@ -33,8 +33,8 @@ _REPEATS = 5
 _LONG_REPEATS = {"cpu": 3, "cuda": _REPEATS}  # 16,384 tokens take two CPU cores a minute
 _TABLE_WIDTH = 128
 _SHAPE = {"cpu": "mid", "cuda": "7b"}
-_STEP_DTYPE = {"small": "float32", "mid": "float32", "7b": "bfloat16"}
-_STEP_TOKENS = {"small": 256, "mid": 512, "7b": 2048}
+_STEP_DTYPE = {"small": "float32", "narrow": "float32", "mid": "float32", "7b": "bfloat16"}
+_STEP_TOKENS = {"small": 256, "narrow": 512, "mid": 512, "7b": 2048}
 _CHECKPOINTING = {"on": (True,), "off": (False,), "both": (False, True)}
 
 
@@ -47,8 +47,8 @@ def add_adapter_cost_flags(flags: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="N", help=f"width of the model (default: {_7B.width})")
     add("--mlp_width", type=int, metavar="N", help=f"width of the MLP (default: {_7B.mlp_width})")
     add = flags.add_argument_group("step, with --dtype").add_argument
-    add("--shape", choices=tuple(SHAPES), help="of the model (default: mid; on CUDA 7b)")
-    add("--seq_length", type=int, metavar="N", help="tokens of a row (default: 256, 512 or 2048, by shape)")
+    add("--shape", choices=tuple(SHAPES), help="of the model (default: mid; memory: narrow; on CUDA 7b)")
+    add("--seq_length", type=int, metavar="N", help="tokens of a row (default: 256 to 2048, by shape)")
     add("--batch", type=int, metavar="N", help="rows of a step (default: 1)")
     add(
         "--top_layers", type=int, metavar="N", help="of the v2 adapter on the top layers (default: a quarter)"
@@ -84,7 +84,7 @@ def layer_cost(arguments: argparse.Namespace) -> None:
         repeats=arguments.repeats or _REPEATS,
         long_repeats=arguments.repeats or _LONG_REPEATS[place.type],
     )
-    origin = _origin()
+    origin = origin_with_peft()
     console = results_console(_TABLE_WIDTH)
     show_table("benchmark", [("measured", layer_subject(sizes)), ("hardware", origin.hardware)], console)
     layers = prepare_layers(sizes, place)
@@ -141,7 +141,7 @@ def step_cost(arguments: argparse.Namespace) -> None:
         dtype=getattr(torch, arguments.dtype or _STEP_DTYPE[name]),
         repeats=arguments.repeats or _REPEATS,
     )
-    origin = _origin()
+    origin = origin_with_peft()
     console = results_console(_TABLE_WIDTH)
     show_table("benchmark", [("measured", step_subject(sizes)), ("hardware", origin.hardware)], console)
     steps, left_out = prepare_steps(sizes, place)
@@ -180,7 +180,8 @@ def _positive(name: str, number: int | None) -> None:
         raise ConfigError(f"--{name}: must be 1 or more, got {number}")
 
 
-def _origin() -> "Provenance":
+def origin_with_peft() -> "Provenance":
+    """Return where numbers come from that PEFT has a part in."""
     from sparse_llama.benchmark.provenance import provenance
 
     origin = provenance("launch/benchmark.py", sys.argv[1:])

@@ -16,6 +16,7 @@ from sparse_llama.cli.adapter_cost import (
 )
 from sparse_llama.cli.entry import is_main
 from sparse_llama.cli.flags import Parser, parser
+from sparse_llama.cli.memory_cost import MEMORY_FLAGS, add_memory_flags, memory_cost
 from sparse_llama.cli.results import (
     device_slug,
     make_folder,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _SCRIPT = "launch/benchmark.py"
 _ONLY_ATTENTION = ("kv_heads", "head_dim", "dtype", "backends")
 _ATTENTION_FLAGS = ("modes", "lengths", "blocks", "heads", *_ONLY_ATTENTION)
+_TRAINING = {"layer": layer_cost, "step": step_cost, "memory": memory_cost}
 _DEFAULT_REPEATS = 20
 _BACKENDS: dict[str, tuple["Backend", ...]] = {"cpu": ("blockwise", "flex"), "cuda": ("triton", "flex")}
 _LENGTHS = {"cpu": (4096, 8192, 16384), "cuda": (4096, 8192, 16384, 32768, 65536)}
@@ -51,16 +53,18 @@ def benchmark_parser(doc: str | None) -> Parser:
     add = flags.add_argument
     add(
         "what",
-        choices=("attention", "layouts", "kernels", "layer", "step"),
+        choices=("attention", "layouts", "kernels", *_TRAINING),
         help="attention: time and memory against dense flash attention; layouts: time to build, and bytes; "
         "kernels: registers and utilisation of the Triton kernels, without a GPU; layer: a decoder layer "
-        "with adapters; step: a training step beside plain transformers and PEFT",
+        "with adapters; step: a training step beside plain transformers and PEFT; memory: its peak, lever by "
+        "lever",
     )
     add("--modes", metavar="A,B", help=f"layouts, of {', '.join(LAYOUT_NAMES)} (default: all)")
     add(
         "--lengths",
         metavar="N,N",
-        help="tokens (default: 4096,8192,16384; on CUDA to 65536; layouts: 524288; layer: 2048,16384)",
+        help="tokens (default: 4096,8192,16384; on CUDA to 65536; layouts: 524288; layer: 2048,16384; "
+        "memory: 4096,16384,131072)",
     )
     add("--blocks", metavar="N,N", help="tokens of a block (default: 16,64; on CUDA 128 too; layouts: 16)")
     add("--heads", type=int, metavar="N", help="query heads (default: 8; on CUDA, layouts, layer: 32)")
@@ -87,6 +91,7 @@ def benchmark_parser(doc: str | None) -> Parser:
         help="blockwise, triton, flex, or auto (default): what runs on the device",
     )
     add_adapter_cost_flags(flags)
+    add_memory_flags(flags)
     return flags
 
 
@@ -99,8 +104,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if arguments.heads is not None and arguments.heads < 1:
         raise ConfigError(f"--heads: must be 1 or more, got {arguments.heads}")
     _refuse_others(arguments)
-    if arguments.what in ("layer", "step"):
-        (layer_cost if arguments.what == "layer" else step_cost)(arguments)
+    if arguments.what in _TRAINING:
+        _TRAINING[arguments.what](arguments)
         return
     arguments.repeats = arguments.repeats or _DEFAULT_REPEATS
     modes = _modes(arguments.modes)
@@ -272,11 +277,17 @@ def _modes(text: str | None) -> tuple[str, ...]:
 
 def _refuse_others(arguments: argparse.Namespace) -> None:
     """Refuse flags of another measurement; attention, layouts and kernels tell theirs apart themselves."""
-    owners = {"attention": _ATTENTION_FLAGS, "layer": LAYER_FLAGS, "step": STEP_FLAGS}
+    owners = {
+        "attention": _ATTENTION_FLAGS,
+        "layer": LAYER_FLAGS,
+        "step": STEP_FLAGS,
+        "memory": MEMORY_FLAGS,
+    }
     taken = owners.get(arguments.what, _ATTENTION_FLAGS)
-    for name in dict.fromkeys((*_ATTENTION_FLAGS, *LAYER_FLAGS, *STEP_FLAGS)):
+    for name in dict.fromkeys(flag for flags in owners.values() for flag in flags):
         if name not in taken and getattr(arguments, name) is not None:
-            named = " and ".join(owner for owner, flags in owners.items() if name in flags)
+            *others, last = (owner for owner, flags in owners.items() if name in flags)
+            named = f"{', '.join(others)} and {last}" if others else last
             raise ConfigError(f"--{name}: belongs to {named}; {arguments.what} does not take it, see --help")
 
 

@@ -1,4 +1,5 @@
-"""Where every command begins: a mistake is one line, printed once, with exit status 2.
+"""Where every command begins: a mistake is one line, printed once, with exit status 2; memory that ran out is
+a few lines, with exit status 3.
 
 Which process speaks is read from the launcher's environment: nothing here imports torch.
 """
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from sparse_llama.errors import SparseLlamaError
+from sparse_llama.errors import OutOfMemoryError, SparseLlamaError
 
 MAIN_SPEAKS_WITHIN_S = 10
 
@@ -23,14 +24,14 @@ def main(
     status 2.
 
     Raises:
-        SystemExit: 2 after a mistake, 130 after Ctrl-C; every other exception is ours and keeps its
-        traceback.
+        SystemExit: 2 after a mistake, 3 after memory ran out, 130 after Ctrl-C; every other exception is ours
+        and keeps its traceback.
     """
     try:
         call(flags.parse_args(argv))
     except SparseLlamaError as error:
-        tell(str(error))
-        raise SystemExit(2) from None
+        tell(str(error), is_one_line=not isinstance(error, OutOfMemoryError))
+        raise SystemExit(error.exit_status) from None
     except KeyboardInterrupt:
         if is_main():
             tell("interrupted")
@@ -48,9 +49,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def tell(message: str) -> None:
-    """Print a mistake as one line on standard error; other ranks leave the word to the main one first."""
-    line = "error: " + " ".join(message.split())
+def tell(message: str, *, is_one_line: bool = True) -> None:
+    """Print a mistake on standard error, as one line unless told otherwise; other ranks leave the word to the
+    main one first."""
+    line = "error: " + (" ".join(message.split()) if is_one_line else message)
     if not is_main():
         # The launcher ends the job when the first rank ends: the main one, which says the same, must be it.
         # Still here after that, this rank is the only one with the mistake.

@@ -3,9 +3,10 @@
 import argparse
 import errno
 import os
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from sparse_llama.cli.entry import is_main, tell
 from sparse_llama.errors import ConfigError
@@ -48,16 +49,33 @@ def parser(doc: str | None) -> Parser:
     return made
 
 
-def add_run_flags(flags: argparse.ArgumentParser) -> None:
-    """Add ``--ds_config`` and every flag of ``Overrides`` to ``flags``."""
+def add_run_flags(flags: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add ``--ds_config`` and every flag of ``Overrides`` to ``flags``, but for those that mean nothing to a
+    command."""
     flags.add_argument(
         "--ds_config", type=Path, metavar="FILE", help="JSON document of the run (default: the bundled demo)"
     )
-    add = flags.add_argument_group("overrides of the document").add_argument
+    group = flags.add_argument_group("overrides of the document")
+
+    def add(flag: str, **options: Any) -> None:
+        if flag.removeprefix("--") not in without:
+            group.add_argument(flag, **options)
+
     add("--model", metavar="ID|DIR", help="base model: a hub id, a folder, or bundled:tiny-llama")
     add("--dataset", metavar="ID|FILE", help="data set: a hub id, a file, or bundled:people")
     add("--adapter", metavar="v1|v2|PATH", help="adapter version, or an adapter to train on from")
     add("--seq_length", type=int, metavar="N", help="tokens of a row")
+    add(
+        "--micro_batch_size",
+        type=int,
+        metavar="N",
+        help="rows in the model at a time; a step keeps its number of rows",
+    )
+    add(
+        "--rope",
+        choices=("linear", "dynamic", "yarn"),
+        help="stretch positions to seq_length, where that is longer than the base was made for",
+    )
     add(
         "--attention",
         choices=("dense", "sparse"),
@@ -112,10 +130,11 @@ def add_run_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def overrides(arguments: argparse.Namespace) -> "Overrides":
-    """Return the flags that ``add_run_flags`` added."""
+    """Return the flags that ``add_run_flags`` added; those left out were not given."""
     from sparse_llama.config.flags import Overrides
 
-    return Overrides(**{field.name: getattr(arguments, field.name) for field in fields(Overrides)})
+    given = vars(arguments)
+    return Overrides(**{field.name: given[field.name] for field in fields(Overrides) if field.name in given})
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:

@@ -20,10 +20,16 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 def resolve_batch(document: Mapping[str, Any], world_size: int) -> dict[str, int]:
     """Return the three batch sizes, those left out filled in by DeepSpeed's rules.
 
+    Processes that share their rows (``sequence_parallel_size``) count once.
+
     Raises:
-        ConfigError: they do not multiply up, or neither the batch nor the micro-batch is given.
+        ConfigError: they do not multiply up, neither the batch nor the micro-batch is given, or the processes
+            cannot be put into groups.
     """
     batch, micro, steps = (document.get(key) for key in BATCH_KEYS)
+    sharing = document.get("sequence_parallel_size", 1)
+    _check_groups(sharing, world_size)
+    readers = world_size // sharing
     if batch is None and micro is None:
         raise ConfigError(
             "train_micro_batch_size_per_gpu: missing; give it, or train_batch_size, the rows of one "
@@ -32,20 +38,37 @@ def resolve_batch(document: Mapping[str, Any], world_size: int) -> dict[str, int
     if batch is None:
         assert micro is not None
         steps = steps or 1
-        batch = micro * steps * world_size
+        batch = micro * steps * readers
     elif micro is None:
         steps = steps or 1
-        micro = batch // (steps * world_size)
+        micro = batch // (steps * readers)
     elif steps is None:
-        steps = batch // (micro * world_size)
-    if batch != micro * steps * world_size:
-        processes = f"{world_size} process" + ("" if world_size == 1 else "es")
+        steps = batch // (micro * readers)
+    if batch != micro * steps * readers:
         raise ConfigError(
             f"train_batch_size: {batch} rows are not train_micro_batch_size_per_gpu "
             f"({_or_open(document, 1)}) x gradient_accumulation_steps ({_or_open(document, 2)}) x "
-            f"{processes}; change one of them"
+            f"{_processes(readers) if sharing == 1 else _groups(readers, sharing)}; change one of them"
         )
     return dict(zip(BATCH_KEYS, (batch, micro, steps), strict=True))
+
+
+def _check_groups(sharing: int, world_size: int) -> None:
+    if world_size % sharing:
+        allowed = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
+        listed = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
+        raise ConfigError(
+            f"sequence_parallel_size: {_processes(world_size)} cannot make groups of {sharing} that share "
+            f"their rows; start a multiple of {sharing} (deepspeed --num_gpus {sharing} ...), or use {listed}"
+        )
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" + ("" if number == 1 else "es")
+
+
+def _groups(number: int, sharing: int) -> str:
+    return f"{number} group{'' if number == 1 else 's'} of {_processes(sharing)} (sequence_parallel_size)"
 
 
 def _or_open(document: Mapping[str, Any], index: int) -> str:
@@ -88,7 +111,7 @@ def check_monitors(checked: Document) -> None:
             )
 
 
-def check_zero(checked: Document, optimizer: str) -> None:
+def check_zero(checked: Document, optimizer: str, *, is_here: bool = True) -> None:
     """Refuse offload that the stage has not, and optimizers that offload or ZeRO has not.
 
     Raises:
@@ -121,7 +144,7 @@ def check_zero(checked: Document, optimizer: str) -> None:
                     "drive, here or by --nvme_path"
                 )
         for name, device in devices.items():
-            if device == "nvme":
+            if device == "nvme" and is_here:
                 require_libaio(f"zero_optimization.{name}.device")
     if devices["offload_optimizer"] != "none" and optimizer not in OFFLOADABLE:
         raise ConfigError(
@@ -159,6 +182,21 @@ def check_start(settings: Settings) -> None:
         raise ConfigError(
             "sparse_llama.adapter: the run trains on from sparse_llama.training.init_adapter as it is; "
             "leave this block out"
+        )
+
+
+def check_shards(settings: Settings, sharing: int) -> None:
+    """Refuse rows that ranks cannot share evenly: padding them would make them longer than they may be.
+
+    Raises:
+        ConfigError: naming the nearest lengths that can.
+    """
+    length = settings.seq_length
+    if length % sharing:
+        below = length // sharing * sharing
+        raise ConfigError(
+            f"sparse_llama.seq_length: {length} tokens cannot be shared by {sharing} ranks "
+            f"(sequence_parallel_size) evenly; use {below or ''}{' or ' if below else ''}{below + sharing}"
         )
 
 

@@ -71,8 +71,8 @@ class ActivationCheckpointing(Section):
     cpu_checkpointing: bool = False
     """Keep the layers' inputs in host memory."""
     number_checkpoints: Annotated[int, Field(ge=1)] | None = None
-    """Layer inputs to keep: every k-th, k = ceil(layers / this); those between are computed again when their
-    turn comes. Null keeps every layer's."""
+    """Layer inputs to keep: every k-th, k = ceil(layers that train / this); those between are computed again
+    when their turn comes. Null keeps every layer's."""
     synchronize_checkpoint_boundary: Annotated[
         bool, only(False, "it is for timing DeepSpeed's own checkpoints")
     ] = False
@@ -262,7 +262,8 @@ class Document(Section):
     wandb: Wandb = Wandb()
     csv_monitor: CSVMonitor = CSVMonitor()
     comet: Comet = Comet()
-    sequence_parallel_size: Annotated[int, only(1, "sequence parallelism is not built yet")] = 1
+    sequence_parallel_size: _Positive = 1
+    """Consecutive ranks that share each row among them; every process counts for ZeRO all the same."""
     aio: AsyncIO | None = None
     data_types: DataTypes = DataTypes()
     communication_data_type: Dtype | None = None

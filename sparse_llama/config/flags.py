@@ -12,6 +12,8 @@ from sparse_llama.errors import ConfigError
 VERSIONS = ("v1", "v2")
 OFFLOADS = ("none", "cpu", "nvme")
 CHECKPOINTINGS = ("none", "gpu", "cpu", "nvme")
+ROPES = ("linear", "dynamic", "yarn")
+"""Types of ``rope_parameters`` that need a factor and nothing else, so that a flag can ask for them."""
 LEVERS = ("loss_tile", "mlp_tile", "norm_tile", "head_groups")
 """Keys of ``sparse_llama.memory`` that are numbers; as a flag, 0 switches one off."""
 
@@ -31,6 +33,10 @@ class Overrides:
     norm_tile: int | None = None
     head_groups: int | None = None
     seq_length: int | None = None
+    micro_batch_size: int | None = None
+    """Rows in the model at a time; a step keeps its rows, in more or fewer micro-batches."""
+    rope: Literal["linear", "dynamic", "yarn"] | None = None
+    """How positions are stretched to ``seq_length``."""
     attention: Literal["dense", "sparse"] | None = None
     adapter: str | None = None
     """A version, or the path of an adapter to train on from."""
@@ -51,7 +57,8 @@ def check_flags(flags: Overrides) -> None:
     Raises:
         ConfigError: a value out of range, or two flags that exclude each other.
     """
-    at_least = {"seq_length": 2, "steps": 1, "epochs": 1, "seed": 0, "number_checkpoints": 1}
+    at_least = {"seq_length": 2, "seed": 0}
+    at_least |= dict.fromkeys(("steps", "epochs", "number_checkpoints", "micro_batch_size"), 1)
     for name, least in (at_least | dict.fromkeys(LEVERS, 0)).items():
         value = getattr(flags, name)
         if value is not None and not least <= value < 2**63:
@@ -62,6 +69,7 @@ def check_flags(flags: Overrides) -> None:
         ("zero_stage", (0, 1, 2, 3)),
         ("offload", OFFLOADS),
         ("checkpointing", CHECKPOINTINGS),
+        ("rope", ROPES),
         ("attention", ("dense", "sparse")),
     )
     for name, allowed in choices:
@@ -109,6 +117,9 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
         model = settings.setdefault("model", {})
         model["path"] = flags.model
         model.pop("revision", None)
+    if flags.rope is not None:
+        rope = {"rope_type": flags.rope, "factor": "auto"}
+        settings.setdefault("model", {})["rope_parameters"] = rope
     if flags.dataset is not None:
         data = settings.setdefault("data", {})
         data["dataset"] = flags.dataset
@@ -131,10 +142,33 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
         )
     if flags.lr is not None:
         _apply_lr(merged, flags.lr)
+    if flags.micro_batch_size is not None:
+        _apply_micro_batch_size(merged, flags.micro_batch_size)
     _apply_zero(merged, flags)
     _apply_memory(merged, flags)
     _apply_nvme_path(merged, flags)
     return merged
+
+
+def _apply_micro_batch_size(merged: dict[str, Any], size: int) -> None:
+    """Cut the rows of a step into micro-batches of ``size`` rows."""
+    micro, accumulation = (
+        merged.get(key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    merged["train_micro_batch_size_per_gpu"] = size
+    if merged.get("train_batch_size") is not None:
+        merged.pop("gradient_accumulation_steps", None)  # follows from the other two
+        return
+    if micro is None:
+        return  # refused with the other batch sizes
+    rows = micro * (accumulation or 1)
+    if rows % size:
+        divisors = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0)
+        raise ConfigError(
+            f"--micro_batch_size {size}: does not divide the {rows} rows that a step has on each rank; use one "
+            f"of {divisors}"
+        )
+    merged["gradient_accumulation_steps"] = rows // size
 
 
 def _apply_memory(merged: dict[str, Any], flags: Overrides) -> None:

@@ -29,14 +29,19 @@ INERT_KEYS = {
     "dataloader_drop_last": "the data loader is this project's own",
     "disable_allgather": "DeepSpeed reads it nowhere",
     "hybrid_engine": "it is off",
-    "seq_parallel_communication_data_type": "there is one sequence-parallel rank",
-    "sequence_parallel_size": "1 is no sequence parallelism",
     "torch_autocast": "it is off",
     "vocabulary_size": "the model's own is used",
     "zero_force_ds_cpu_optimizer": "it is about optimizers made in code, and this one is from the document",
 }
 """Top-level keys that nothing reads, whatever they hold, with the reason; values that would act are refused
 earlier."""
+_ALONE_KEYS = {
+    "seq_parallel_communication_data_type": "there is one sequence-parallel rank",
+    "sequence_parallel_size": "1 is no sequence parallelism",
+}
+_SHARED_KEYS = {
+    "communication_data_type": "where ranks share rows, seq_parallel_communication_data_type is read (fp32)",
+}
 LOGGED_KEYS = ("comms_logger", "dump_state", "steps_per_print", "wall_clock_breakdown")
 """Top-level keys that write to DeepSpeed's log, which is off unless ``log_level`` turns it on."""
 _NVME_ONLY = (
@@ -68,13 +73,14 @@ def find_notices(
         *_schedule(merged, checked),
     ]
     found += _attention(file, merged, layouts, flags)
+    found += _checkpoints(checked)
     found += _settings(merged.get("sparse_llama", {}), checked.sparse_llama)
     return tuple(dict.fromkeys(found))
 
 
 def drop_inert(deepspeed: dict[str, Any]) -> None:
     """Delete from the dict for DeepSpeed what has no effect, so that it cannot start to have one."""
-    for key in INERT_KEYS:
+    for key in _inert_keys(deepspeed):
         deepspeed.pop(key, None)
     for key in SWITCHED_BLOCKS:
         if not _is_on(deepspeed.get(key)):
@@ -94,6 +100,11 @@ def drop_inert(deepspeed: dict[str, Any]) -> None:
         deepspeed.pop("aio", None)
 
 
+def _inert_keys(document: Mapping[str, Any]) -> dict[str, str]:
+    shares = document.get("sequence_parallel_size", 1) > 1
+    return INERT_KEYS | (_SHARED_KEYS if shares else _ALONE_KEYS)
+
+
 def _blocks(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:
     for key in SWITCHED_BLOCKS:
         if key in merged and not _is_on(merged[key]):
@@ -102,7 +113,7 @@ def _blocks(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:
     for key in LOGGED_KEYS:
         if _is_on(merged.get(key)) and not _logs(merged):
             yield f'{key}: no effect; DeepSpeed\'s log is off without "log_level": "info"'
-    for key, why in INERT_KEYS.items():
+    for key, why in _inert_keys(merged).items():
         if merged.get(key) is not None:
             yield f"{key}: no effect; {why}"
     if merged.get("aio") is not None and not _uses_nvme(merged.get("zero_optimization", {})):
@@ -136,6 +147,18 @@ def _zero(zero: Mapping[str, Any]) -> Iterator[str]:
         if unread:
             keys = ", ".join(unread)
             yield f"zero_optimization: no effect of {keys} at stage {stage}; only stage 3 reads them"
+
+
+def _checkpoints(checked: Document) -> Iterator[str]:
+    if checked.sparse_llama.memory.checkpoint_nvme_path is None:
+        return
+    block = checked.activation_checkpointing
+    if block is None or not block.cpu_checkpointing:
+        why = "no layer is checkpointed" if block is None else "layer inputs stay on the device"
+        yield (
+            f"sparse_llama.memory.checkpoint_nvme_path: no effect; {why} without "
+            '"activation_checkpointing": {"cpu_checkpointing": true}'
+        )
 
 
 def _schedule(merged: Mapping[str, Any], checked: Document) -> Iterator[str]:

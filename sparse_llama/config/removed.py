@@ -81,7 +81,12 @@ def refuse_by_name(document: Mapping[str, object]) -> None:
 
 
 AUTO_PATHS = frozenset(
-    {"scheduler.params.total_num_steps", "scheduler.params.warmup_max_lr", "sparse_llama.attention.backend"}
+    {
+        "scheduler.params.total_num_steps",
+        "scheduler.params.warmup_max_lr",
+        "sparse_llama.attention.backend",
+        "sparse_llama.model.rope_parameters.factor",
+    }
 )
 """Where "auto" has a meaning that this project resolves."""
 

@@ -11,6 +11,7 @@ from sparse_llama.config.combinations import (
     check_lengths,
     check_monitors,
     check_precision,
+    check_shards,
     check_start,
     check_zero,
     resolve_batch,
@@ -88,6 +89,11 @@ class Run:
         return self.deepspeed["train_batch_size"]
 
     @property
+    def sequence_parallel_size(self) -> int:
+        """Consecutive ranks that share each row among them."""
+        return self.deepspeed.get("sequence_parallel_size", 1)
+
+    @property
     def checkpointing(self) -> ActivationCheckpointing | None:
         """How layers are checkpointed; None is not at all."""
         block = self.deepspeed.get("activation_checkpointing")
@@ -110,7 +116,14 @@ class Run:
         }
 
 
-def load_run(path: Path | None, overrides: Overrides, world_size: int, *, is_main: bool = True) -> Run:
+def load_run(
+    path: Path | None,
+    overrides: Overrides,
+    world_size: int,
+    *,
+    is_main: bool = True,
+    is_here: bool = True,
+) -> Run:
     """Return the run that a document and the flags describe.
 
     Args:
@@ -118,6 +131,8 @@ def load_run(path: Path | None, overrides: Overrides, world_size: int, *, is_mai
         world_size: processes of the job, which the batch sizes depend on.
         is_main: whether this is rank 0, which alone may look at the output folder: by the time that others
             look, it may have begun to write there.
+        is_here: whether the run is to start on this machine, which must then have what it needs installed; a
+            plan for another machine must not ask.
 
     Raises:
         ConfigError: in one line, what is wrong with the document, the flags, or both together.
@@ -130,7 +145,7 @@ def load_run(path: Path | None, overrides: Overrides, world_size: int, *, is_mai
     file = _without_null(read)
     check_flags(overrides)
     merged = apply_flags(file, overrides)
-    run = _in_file(label, lambda: _resolve(config_path, file, merged, overrides, world_size, written))
+    run = _in_file(label, lambda: _resolve(config_path, file, merged, overrides, world_size, written, is_here))
     check_output_dir(run, is_main=is_main)
     return run
 
@@ -170,6 +185,7 @@ def _resolve(
     flags: Overrides,
     world_size: int,
     written: Settings,
+    is_here: bool,
 ) -> Run:
     checked = check_document(merged)
     settings = _fill_in(checked.sparse_llama, written)
@@ -180,8 +196,9 @@ def _resolve(
     settings = settings.model_copy(update={"attention": attention})
     optimizer = default_optimizer() if checked.optimizer is None else parse_optimizer(merged["optimizer"])
     check_precision(checked)
-    check_monitors(checked)
-    check_zero(checked, optimizer["type"])
+    if is_here:
+        check_monitors(checked)
+    check_zero(checked, optimizer["type"], is_here=is_here)
     check_start(settings)
     check_lengths(settings, layouts)
 
@@ -191,6 +208,7 @@ def _resolve(
 
     deepspeed = {key: value for key, value in copy.deepcopy(merged).items() if key not in OUR_BLOCKS}
     deepspeed |= resolve_batch(merged, world_size)
+    check_shards(settings, checked.sequence_parallel_size)
     deepspeed["optimizer"] = optimizer
     deepspeed["gradient_clipping"] = checked.gradient_clipping
     deepspeed["zero_optimization"] = {"stage": checked.zero_optimization.stage} | deepspeed.get(

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from sparse_llama.config.bundled import DATASETS, MODELS
 from sparse_llama.config.layers import Layers, LayoutOfLayers
+from sparse_llama.config.rope import RopeParameters
 from sparse_llama.config.section import FrozenList, Section, either, show, suggest
 
 
@@ -51,6 +52,10 @@ class ModelSettings(Section):
 
     trust_remote_code: bool = False
     """Run modelling code that the model's folder brings."""
+
+    rope_parameters: RopeParameters | None = None
+    """How positions turn; null is as the base's configuration says. Needed where ``seq_length`` is longer
+    than the base was made for: rows may be one document, so packing does not count."""
 
 
 class DataSettings(Section):

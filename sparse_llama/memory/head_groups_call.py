@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from sparse_llama.adapters.linear_parts import LinearParts, linear_parts
-from sparse_llama.adapters.tile_loop import row_tiles
 from sparse_llama.attention.core import AttentionCore
+from sparse_llama.attention.tile_loop import row_tiles
 from sparse_llama.errors import ConfigError
 from sparse_llama.memory.head_groups_parts import Norm, Prompt
 from sparse_llama.memory.tiles import MLPParts

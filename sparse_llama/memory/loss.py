@@ -23,8 +23,8 @@ from sparse_llama.adapters.linear_parts import (
     computing_dtype,
     linear_parts,
 )
-from sparse_llama.adapters.tile_loop import row_tiles
 from sparse_llama.attention.core import statistics_dtype
+from sparse_llama.attention.tile_loop import row_tiles
 
 # fp16 has no number below 6e-8, and a softmax over 32,000 many: they are multiplied by a power of two, which
 # costs no bit, until they have met the weight. 2,048 * |weight| stays far below the largest, 65,504.

@@ -25,7 +25,7 @@ from sparse_llama.adapters.linear_parts import (
 from sparse_llama.adapters.mlp import Activation, activation_gradient
 from sparse_llama.adapters.norm import AdaptedRMSNorm, Normed, normalise, normed_from
 from sparse_llama.adapters.scale_bias import ScaleBiasLinear
-from sparse_llama.adapters.tile_loop import row_tiles
+from sparse_llama.attention.tile_loop import row_tiles
 from sparse_llama.config.settings import MemorySettings
 
 _AFTER_NORM = ("q_proj", "k_proj", "v_proj")

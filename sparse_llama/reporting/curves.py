@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Color = tuple[float, float, float, float]
 _PANEL_INCHES = (5.2, 3.4)
 _REFERENCE = "#333333"
+_CROSSES_APART = 1.12
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Curve:
     is_dashed: bool = False
     is_reference: bool = False
     """What the others are compared with: drawn in grey."""
+    fails_at: Sequence[int] = ()
+    """Lengths that have no value, as more than the panel's level would be needed: crosses above it, one above
+    the other."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,22 @@ def _draw(axes: "Axes", panel: Panel, colors: dict[str, Color], shown: "dict[str
     """Draw a panel; ``shown`` collects a line for each entry of the legend."""
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+    num_failing = 0
     for curve in panel.curves:
         color = _REFERENCE if curve.is_reference else colors[curve.label]
         style = "--" if curve.is_dashed else "-"
         (line,) = axes.plot(curve.lengths, curve.values, style, color=color, marker="o", markersize=3.5)
         if curve.lower is not None and curve.upper is not None:
             axes.fill_between(curve.lengths, curve.lower, curve.upper, color=color, alpha=0.15, linewidth=0)
+        if curve.fails_at and panel.level is not None:
+            num_failing += 1
+            levels = [panel.level * _CROSSES_APART**num_failing] * len(curve.fails_at)
+            axes.plot(curve.fails_at, levels, "x", color=color, markersize=6)
         if not curve.is_dashed or curve.label not in shown:
             shown[curve.label] = line
     if panel.level is not None:
         axes.axhline(panel.level, color=_REFERENCE, linewidth=0.8, linestyle=":")
-    lengths = sorted({length for curve in panel.curves for length in curve.lengths})
+    lengths = sorted({length for curve in panel.curves for length in (*curve.lengths, *curve.fails_at)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [_tokens(length) for length in lengths])
     if panel.is_log:

@@ -7,6 +7,8 @@ kernels are taken to achieve. It knows no communication, no optimizer and no dat
 
 from dataclasses import dataclass
 
+from sparse_llama.reporting.rates import A100
+
 CPU_EFFICIENCY = (0.64, 0.86)
 """Of the CPU kernels at blocks of 64 and from 4,096 tokens up, forward + backward, fp32: the least and the
 most of any mode in docs/results/attention_cpu.md and docs/results/modes/attention_cpu.md."""
@@ -14,10 +16,6 @@ most of any mode in docs/results/attention_cpu.md and docs/results/modes/attenti
 # LLaMA-7B: 32 layers, 32 heads of 128, an MLP of 11,008, 32,000 tokens of vocabulary.
 _LINEAR_FLOP = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000)  # a token, forward: 13.2 GFLOP
 _PAIR_FLOP = 32 * 4 * 4096  # a (query, key) pair in all heads and layers, forward; backward is 2.5 times that
-# Floating-point operations a second that an A100 is taken to achieve in bf16 (its peak is 312e12).
-_LINEAR_RATE = 230e12
-_DENSE_RATES = (195e12, 170e12)  # flash attention, forward and backward
-_SPARSE_RATES = (160e12, 120e12)  # block-sparse attention, blocks of 64 and more
 _LITTLE, _SOME = 1.05, 1.25  # speed-ups of a step
 _SHORT = 1.35  # step_limit of a row a little longer than 8,192 tokens
 
@@ -43,7 +41,7 @@ class Work:
 
     def gpu_speed_up(self) -> float:
         """Return the same for an A100, forward + backward."""
-        dense, sparse = (1 / forward + 2.5 / backward for forward, backward in (_DENSE_RATES, _SPARSE_RATES))
+        dense, sparse = (1 / forward + 2.5 / backward for forward, backward in (A100.dense, A100.sparse))
         return dense / self._attention(dense, sparse)
 
     def step_speed_up(self) -> float:
@@ -64,10 +62,10 @@ class Work:
     def _step_s(self) -> tuple[float, float, float]:
         """Return the seconds of linear layers, of dense attention, and of sparse attention to all pairs: a
         forward pass, another to recompute it, and a backward pass without gradients of weights."""
-        linear = 3 * self.num_tokens * _LINEAR_FLOP / _LINEAR_RATE
+        linear = 3 * self.num_tokens * _LINEAR_FLOP / A100.linear
         dense, sparse = (
             self.causal_pairs * _PAIR_FLOP * (2 / forward + 2.5 / backward)
-            for forward, backward in (_DENSE_RATES, _SPARSE_RATES)
+            for forward, backward in (A100.dense, A100.sparse)
         )
         return linear, dense, sparse
 

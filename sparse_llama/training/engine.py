@@ -16,7 +16,9 @@ from sparse_llama.config.schedule import Schedule, learning_rate
 from sparse_llama.data.batches import Batch
 from sparse_llama.distributed.ranks import all_reduce_sum, device, world_size
 from sparse_llama.errors import ConfigError
+from sparse_llama.memory.gathering import gather_borrowed
 from sparse_llama.training.masters import forget_warm_start
+from sparse_llama.training.moment import BACKWARD, FORWARD, UPDATE, Moment
 
 MONITOR_BLOCKS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
@@ -34,9 +36,7 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
 
     quiet_libraries()
     _check_optimizer(run)
-    config = copy.deepcopy(run.deepspeed)
-    for block in MONITOR_BLOCKS:  # ours to drive: training/metrics.py says why
-        config.pop(block, None)
+    config = engine_config(run)
     parameters = config["optimizer"]["params"]
     if (
         run.offload != "cpu"
@@ -53,8 +53,28 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
         config=config,
         lr_scheduler=None if schedule is None else _scheduler_factory(schedule, base_lr=parameters["lr"]),
     )
+    gather_borrowed(objective)
     forget_warm_start(engine)
     return engine
+
+
+def engine_config(run: Run) -> dict[str, Any]:
+    """Return what DeepSpeed is given of a run's document.
+
+    Ranks that share rows are data-parallel ranks to DeepSpeed, as each has a part of a step's tokens: then
+    one factor, that of ``optimizer_step``, is right with and without sequence parallelism, and a batch is
+    micro-batch x accumulation x processes. Given groups (``mpu``), DeepSpeed 0.19.8 divides gradients by the
+    number of groups instead, but by that of processes where ``gradient_predivide_factor`` happens to be that
+    (``stage_1_and_2.py``, ``average_tensor``). What it does beside, summing gradients in fp32, is set here.
+    """
+    config = copy.deepcopy(run.deepspeed)
+    for block in MONITOR_BLOCKS:  # ours to drive: training/metrics.py says why
+        config.pop(block, None)
+    sharing = config.pop("sequence_parallel_size", 1)
+    if sharing > 1:
+        config["train_batch_size"] *= sharing
+        config["communication_data_type"] = config.pop("seq_parallel_communication_data_type", "fp32")
+    return config
 
 
 def _check_optimizer(run: Run) -> None:
@@ -73,12 +93,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
-def optimizer_step(engine: Any, micro_batches: list[Batch]) -> tuple[float, int]:
+def optimizer_step(
+    engine: Any, micro_batches: list[Batch], moment: Moment | None = None
+) -> tuple[float, int]:
     """Make one optimizer step; return the loss summed over the labelled tokens of all ranks, and their count.
 
     Every labelled token of the global batch weighs the same, whichever micro-batch or rank it is in:
     DeepSpeed averages over micro-batches and ranks, so each micro-batch's *sum* is multiplied by their number
-    over the count.
+    over the count. A rank that holds a part of its rows' tokens sums over these.
     """
     count = torch.tensor(
         sum(batch.num_labelled for batch in micro_batches), dtype=torch.int64, device=device()
@@ -86,10 +108,14 @@ def optimizer_step(engine: Any, micro_batches: list[Batch]) -> tuple[float, int]
     total = int(all_reduce_sum(count))
     weight = len(micro_batches) * world_size() / max(total, 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device())
+    moment = Moment() if moment is None else moment
     for batch in micro_batches:
+        moment.enter(FORWARD, batch)
         loss = engine(**batch.to(device()))
         loss_sum += loss.detach()
+        moment.enter(BACKWARD, batch)
         engine.backward(loss * weight)
+        moment.enter(UPDATE, batch)
         engine.step()
     return float(all_reduce_sum(loss_sum)), total
 

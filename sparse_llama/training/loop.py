@@ -1,28 +1,32 @@
 """The training run: validate, train, validate, save, with everything it measured in ``output_dir``."""
 
+import gc
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from sparse_llama.adapters.weights import CONFIG_NAME, WEIGHTS_NAME
+from sparse_llama.adapters.weights import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from sparse_llama.config.run import Run
 from sparse_llama.distributed import ranks
 from sparse_llama.errors import CheckpointError
 from sparse_llama.model.checks import check_first_loss
+from sparse_llama.model.rope import describe_positions
 from sparse_llama.training import report
 from sparse_llama.training.checkpoint import (
     Position,
     checkpoint_name,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
 from sparse_llama.training.engine import MONITOR_BLOCKS, gradient_norm, optimizer_step
+from sparse_llama.training.host_memory import private_bytes
 from sparse_llama.training.metrics import (
     Clock,
     MetricsFile,
@@ -31,31 +35,101 @@ from sparse_llama.training.metrics import (
     peak_memory_bytes,
     write_json,
 )
+from sparse_llama.training.moment import UPDATE, Moment
+from sparse_llama.training.out_of_memory import (
+    RunOutOfMemoryError,
+    Shortage,
+    describe,
+    is_out_of_memory,
+    release,
+)
 from sparse_llama.training.progress import TrainingProgress
+from sparse_llama.training.retries import forget_retries, read_retries
 from sparse_llama.training.session import Session, prepare
 from sparse_llama.training.validation import Validation, validate
 
 
-def fit(run: Run) -> None:
+def fit(run: Run, *, num_retries: int = 0) -> None:
     """Train the adapter that ``run`` describes and leave the results in ``run.output_dir``.
 
     Joins the process group and stays in it: whoever started the process leaves it (``ranks.finalize``).
+
+    Args:
+        num_retries: times that this run was started again because its memory had run out.
+
+    Raises:
+        RunOutOfMemoryError: memory ran out, wherever in the run; a job of one process has then saved every
+            finished step if it could.
     """
     ranks.initialize()
+    shortage = _fit(run, num_retries)
+    if shortage is not None:
+        gc.collect()  # the engine is part of cycles, and whoever catches this may need its memory
+        raise RunOutOfMemoryError(shortage)
+
+
+def _fit(run: Run, num_retries: int) -> Shortage | None:
+    """Do the run; return what is known of the memory that ran out, if it did."""
     console = Console(quiet=not ranks.is_main(), highlight=False, width=None if sys.stdout.isatty() else 110)
-    session = prepare(run, console)
-    position = _resume(session, console) if run.resume is not None else _begin(session)
-    report.show_start(console, session)
-    if position.before is None:
-        start = run.settings.training.init_adapter
-        console.print(f"validating {'the base model' if start is None else start} ...")
-        position.before = asdict(_validate(session))
-        _check_base(session, position.before["loss"])
-    final = _train(session, position, console)
-    _finish(session, position, final, console)
+    moment, baseline_bytes = Moment("preparing the run"), private_bytes()
+    session = position = None
+    try:
+        session = prepare(run, console)
+        position = _begin(session, num_retries) if run.resume is None else _resume(session, console)
+        report.show_start(console, session)
+        if position.before is None:
+            start = run.settings.training.init_adapter
+            console.print(f"validating {'the base model' if start is None else start} ...")
+            position.before = asdict(_validate(session, moment))
+            _check_base(session, position.before["loss"])
+        final = _train(session, position, console, moment)
+        _finish(session, position, final, console)
+        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = describe(
+            error,
+            moment,
+            model=None if session is None else session.llama,
+            engine=None if session is None else session.engine,
+            baseline_bytes=baseline_bytes,
+            rank=ranks.rank(),
+        )
+        release(error)
+    is_saved = session is not None and position is not None and _rescue(session, position, moment)
+    is_own = position is not None or run.resume is not None  # else the folder may still hold another run's
+    checkpoints = list_checkpoints(run.output_dir / "checkpoints") if is_own else []
+    newest = checkpoints[-1] if checkpoints else None
+    if newest is None and isinstance(run.resume, Path):
+        newest = run.resume
+    return replace(shortage, checkpoint=newest, is_saved_now=is_saved)
 
 
-def _train(session: Session, position: Position, console: Console) -> Validation:
+def _rescue(session: Session, position: Position, moment: Moment) -> bool:
+    """Save the finished steps after memory ran out in the middle of another; return whether that was done.
+
+    Masters and moments change in the optimizer's update only: wherever else memory ran out they are those of
+    the last finished step. Other ranks wait in the middle of that step, and cannot save.
+    """
+    is_intact = moment.phase != UPDATE or moment.step == position.step
+    if (
+        not is_intact
+        or position.step == 0
+        or ranks.world_size() > 1
+        or _last_checkpoint(session, position).exists()
+    ):
+        return False
+    try:
+        _save(session, position, moment)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _train(session: Session, position: Position, console: Console, moment: Moment) -> Validation:
     """Take the remaining steps; return the validation after the last."""
     run, engine = session.run, session.engine
     training = run.settings.training
@@ -71,7 +145,8 @@ def _train(session: Session, position: Position, console: Console) -> Validation
             started_s = time.perf_counter()
             lr = engine.get_lr()[0]
             micro_batches = session.batches.step(step - 1, run.gradient_accumulation_steps)
-            loss_sum, labelled = optimizer_step(engine, micro_batches)
+            moment.step = step
+            loss_sum, labelled = optimizer_step(engine, micro_batches, moment)
             tokens = sum(batch.input_ids.numel() for batch in micro_batches) * ranks.world_size()
             duration_s = time.perf_counter() - started_s
             clock.stop()
@@ -100,21 +175,23 @@ def _train(session: Session, position: Position, console: Console) -> Validation
             progress.update(metrics)
 
             if _is_due(step, training.eval_every) and step < session.total_steps:
-                validation = _validate(session)
+                validation = _validate(session, moment)
                 monitors.write(step, {"validation/loss": validation.loss})
                 console.print(f"step {step}  validation loss {validation.loss:.4f}{report.score(validation)}")
             if _is_due(step, training.save_every):
-                _save(session, position)
+                _save(session, position, moment)
     if not _last_checkpoint(session, position).exists():
-        _save(session, position)
-    final = _validate(session)
+        _save(session, position, moment)
+    final = _validate(session, moment)
     monitors.write(session.total_steps, {"validation/loss": final.loss})
     return final
 
 
-def _begin(session: Session) -> Position:
+def _begin(session: Session, num_retries: int) -> Position:
     """Make the output folder this run's own."""
     output_dir = session.run.output_dir
+    if ranks.is_main() and num_retries == 0:
+        forget_retries(output_dir)
     if ranks.is_main() and session.run.overwrite and (output_dir / "run.json").exists():
         for name in ("checkpoints", "adapter", "tensorboard", "csv_monitor"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
@@ -130,6 +207,10 @@ def _resume(session: Session, console: Console) -> Position:
     folder = find_checkpoint(run.output_dir / "checkpoints", run.resume)
     position = load_checkpoint(folder, session.engine, session.parameters)
     console.print(f"resuming from {folder}")
+    before, now = read_adapter_config(folder).rope_parameters, session.adapter.rope_parameters
+    if before != now:
+        told = f"{describe_positions(before)}, this run goes on with {describe_positions(now)}"
+        console.print(f"note: it was trained with {told}", style="yellow")
     if position.step > session.total_steps:
         raise CheckpointError(
             f"{folder}: stands at step {position.step}, beyond the {session.total_steps} of this run; give "
@@ -143,11 +224,13 @@ def _record(session: Session) -> None:
     """Write ``run.json``: what this run is, as it was started last."""
     if ranks.is_main():
         session.run.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(session.run.output_dir / "run.json", report.run_record(session))
+        retries = {"retries": read_retries(session.run.output_dir)}
+        write_json(session.run.output_dir / "run.json", report.run_record(session) | retries)
     ranks.barrier()
 
 
-def _save(session: Session, position: Position) -> None:
+def _save(session: Session, position: Position, moment: Moment) -> None:
+    moment.enter("saving a checkpoint")
     folder = session.run.output_dir / "checkpoints"
     save_checkpoint(folder, session.engine, session.parameters, session.adapter, position)
     prune_checkpoints(folder, session.run.settings.training.keep_last)
@@ -167,16 +250,19 @@ def _finish(session: Session, position: Position, final: Validation, console: Co
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             shutil.copyfile(last / name, adapter / name)
         summary = report.summarize(session, position, final)
+        summary["retries"] = read_retries(run.output_dir)
         write_json(run.output_dir / "summary.json", summary)
         report.show_answers(console, session, position, final)
         report.show_summary(console, session, summary)
     ranks.barrier()
 
 
-def _validate(session: Session) -> Validation:
+def _validate(session: Session, moment: Moment) -> Validation:
+    moment.enter("validation")
     return validate(
         session.objective,
         session.llama,
+        session.plan,
         session.tokenizer,
         session.validation_batches,
         session.answerable,
@@ -185,6 +271,8 @@ def _validate(session: Session) -> Validation:
 
 
 def _check_base(session: Session, loss: float) -> None:
+    if session.adapter.rope_parameters is not None:
+        return  # a base that knows its words may guess at first where its positions were stretched far
     model = session.run.settings.model
     check_first_loss(
         loss,

@@ -100,6 +100,14 @@ def write_moments(
             )
 
 
+def optimizer_tensors(engine: Any) -> Iterator[torch.Tensor]:
+    """Yield what this rank's optimizer keeps in memory: masters and moments; where it steps the model's own
+    parameters, those too."""
+    yield from _groups(engine)
+    for entry in _optimizer(engine).state.values():
+        yield from (value for value in entry.values() if torch.is_tensor(value))
+
+
 def forget_warm_start(engine: Any) -> None:
     """Undo the zero-gradient step with which DeepSpeed's stage-0 bf16 and fp16 optimizer allocates its state.
 

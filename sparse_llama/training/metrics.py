@@ -2,9 +2,7 @@
 
 import json
 import platform
-import resource
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,6 +13,7 @@ import torch
 
 from sparse_llama import __version__
 from sparse_llama.distributed.ranks import device
+from sparse_llama.training.host_memory import peak_resident_bytes
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,8 @@ class Clock:
 def peak_memory_bytes() -> dict[str, int]:
     """Return the peak bytes of this process: ``host`` (resident set) and ``gpu`` (allocated; 0 without
     one)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     gpu = torch.cuda.max_memory_allocated() if device().type == "cuda" else 0
-    return {"gpu": gpu, "host": host}
+    return {"gpu": gpu, "host": peak_resident_bytes()}
 
 
 def device_name() -> str:

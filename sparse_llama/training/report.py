@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sparse_llama.config.run import Run
 from sparse_llama.data.prompt import alpaca_prompt
 from sparse_llama.distributed import ranks
 from sparse_llama.evaluation.exact_match import spread
@@ -28,11 +29,9 @@ def show_start(console: Console, session: Session) -> None:
         ("adapter", _adapter(session)),
         ("attention", attention_line(session)),
         ("data", f"{settings.data.dataset}  ({len(session.validation_examples)} validation records)"),
-        (
-            "batch",
-            f"{batch} micro-batches x {ranks.world_size()} process{'es' if ranks.world_size() > 1 else ''}",
-        ),
+        ("batch", f"{batch} micro-batches x {_processes(run)}"),
         ("length", f"{settings.seq_length} tokens{', packed' if settings.data.packing else ''}"),
+        *_positions(session),
         ("steps", str(session.total_steps)),
         ("precision", run.precision),
         ("ZeRO stage", f"{run.zero_stage}{'' if run.offload == 'none' else f', offload to {run.offload}'}"),
@@ -44,6 +43,19 @@ def show_start(console: Console, session: Session) -> None:
     show_table("data", session.ledger.rows(), console)
     for notice in (*run.notices, *session.notices):
         console.print(f"note: {notice}", style="yellow")
+
+
+def _positions(session: Session) -> list[tuple[str, str]]:
+    rope, longest = session.adapter.rope_parameters, session.llama.config.max_position_embeddings
+    return [] if rope is None else [("positions", f"{longest:,}: {rope}")]
+
+
+def _processes(run: Run) -> str:
+    number, sharing = ranks.world_size(), run.sequence_parallel_size
+    if sharing > 1:
+        groups = number // sharing
+        return f"{groups} group{'s' if groups > 1 else ''} of {sharing} processes that share each row"
+    return f"{number} process{'es' if number > 1 else ''}"
 
 
 def attention_line(session: Session) -> str:
@@ -69,6 +81,8 @@ def run_record(session: Session) -> dict[str, Any]:
     """Return what ``run.json`` holds: the resolved configuration and what is needed to repeat the run."""
     return session.run.to_json() | {
         "total_steps": session.total_steps,
+        "rope_parameters": session.llama.config.rope_parameters,
+        "max_position_embeddings": session.llama.config.max_position_embeddings,
         "command": [argument for argument in sys.argv if not argument.startswith("--local_rank")],
         "world_size": ranks.world_size(),
         "versions": versions(),

@@ -13,23 +13,25 @@ from sparse_llama import __version__
 from sparse_llama.adapters.attach import trainable_parameters
 from sparse_llama.adapters.weights import AdapterFile, BaseModelReference
 from sparse_llama.attention.interface import AttentionPlan
+from sparse_llama.attention.ulysses import check_heads
 from sparse_llama.config.run import Run
-from sparse_llama.config.schedule import num_optimizer_steps
-from sparse_llama.config.settings import AdapterSettings
-from sparse_llama.data.batches import Batch, Batches
+from sparse_llama.config.schedule import Schedule, num_optimizer_steps
+from sparse_llama.data.batches import Batch, Batches, Shard
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.prepare import PreparedData, prepare_data
 from sparse_llama.data.records import Example
 from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sparse_llama.distributed import ranks
+from sparse_llama.distributed.sequence import join_sequence_group
 from sparse_llama.generation import encode_prompt, longest_sequence
 from sparse_llama.model.assemble import Assembled, assemble
 from sparse_llama.model.checks import check_logits
 from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import read_config
 from sparse_llama.model.objective import TokenLoss
+from sparse_llama.model.rope import run_positions
 from sparse_llama.training.checkpoint import check_tensors
-from sparse_llama.training.engine import start_engine
+from sparse_llama.training.engine import engine_config, start_engine
 from sparse_llama.training.masters import write_masters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,6 +69,14 @@ def prepare(run: Run, console: Console) -> Session:
     settings = run.settings
     folder = _resolve_on_main_first(settings.model.path, settings.model.revision)
     config = read_config(folder)
+    run_positions(config, settings)  # refuses a run that is too long; assemble makes the model by it
+    sharing = run.sequence_parallel_size
+    check_heads(
+        config.num_attention_heads,
+        config.num_key_value_heads or config.num_attention_heads,
+        sharing,
+        num_groups=settings.memory.head_groups or 1,
+    )
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size)
     console.print(f"reading {settings.data.dataset} ...")
@@ -75,32 +85,24 @@ def prepare(run: Run, console: Console) -> Session:
         tokenizer,
         align=run.layouts.align,
         micro_batch_size=run.micro_batch_size,
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
+        rank=ranks.rank() // sharing,
+        world_size=ranks.world_size() // sharing,
+        shard=Shard(ranks.rank() % sharing, sharing),
     )
     steps, epochs = settings.training.steps, settings.training.epochs
     total_steps = steps or num_optimizer_steps(data.batches.num_rows, run.global_batch_size, epochs or 1)
     schedule = None if run.schedule is None else run.schedule.resolve(total_steps)
 
     console.print(f"loading {settings.model.path} ...")
-    torch.manual_seed(settings.seed)
-    assembled = assemble(
-        settings,
-        run.layouts,
-        dtype=DTYPES[run.precision],
-        device=ranks.device(),
-        checkpointing=run.checkpointing,
-        zero3_config=run.deepspeed if run.zero_stage == 3 else None,
-    )
+    assembled, objective, engine = start_model(run, schedule)
     llama = assembled.model
     parameters = dict(trainable_parameters(llama))
-    adapter = _describe(run, assembled.adapter, parameters)
-    objective = TokenLoss(llama)
-    engine = start_engine(run, objective, llama, schedule)
+    adapter = _describe(run, assembled, parameters)
     if assembled.start is not None:
         check_tensors(f"--adapter {settings.training.init_adapter}", assembled.start, parameters)
         write_masters(engine, parameters, assembled.start)
-    _check_first_logits(run, llama, data)
+    with assembled.plan.each_rank_alone():
+        _check_first_logits(run, llama, data)
     return Session(
         run=run,
         engine=engine,
@@ -116,8 +118,25 @@ def prepare(run: Run, console: Console) -> Session:
         plan=assembled.plan,
         adapter=adapter,
         total_steps=total_steps,
-        notices=_notices(run, assembled, data, config.max_position_embeddings),
+        notices=_notices(run, assembled, data),
     )
+
+
+def start_model(run: Run, schedule: Schedule | None) -> tuple[Assembled, TokenLoss, Any]:
+    """Return the adapted model of ``run``, its loss, and the engine around that."""
+    settings = run.settings
+    torch.manual_seed(settings.seed)
+    assembled = assemble(
+        settings,
+        run.layouts,
+        dtype=DTYPES[run.precision],
+        device=ranks.device(),
+        checkpointing=run.checkpointing,
+        zero3_config=engine_config(run) if run.zero_stage == 3 else None,
+        sequence=join_sequence_group(run.sequence_parallel_size),
+    )
+    objective = TokenLoss(assembled.model, loss_tile=settings.memory.loss_tile)
+    return assembled, objective, start_engine(run, objective, assembled.model, schedule)
 
 
 def _answerable(examples: list[Example], llama: LlamaForCausalLM, tokenizer: Tokenizer) -> list[Example]:
@@ -135,7 +154,7 @@ def _resolve_on_main_first(path: str, revision: str | None) -> Path:
     return folder
 
 
-def _describe(run: Run, adapter: AdapterSettings, parameters: dict[str, nn.Parameter]) -> AdapterFile:
+def _describe(run: Run, assembled: Assembled, parameters: dict[str, nn.Parameter]) -> AdapterFile:
     settings = run.settings
     model, master_length = settings.model, settings.attention.master_length
     assert master_length is not None, "a resolved run has its master length"
@@ -143,13 +162,14 @@ def _describe(run: Run, adapter: AdapterSettings, parameters: dict[str, nn.Param
     return AdapterFile.model_validate(
         {
             "base_model": BaseModelReference(path=model.path, revision=model.revision),
-            "adapter": adapter,
+            "adapter": assembled.adapter,
             "sparse_attention": layouts["sparse_attention"],
             "layer_layouts": layouts["layouts"],
             "dense_layers": layouts["dense_layers"],
             "master_length": master_length,
             "seed": settings.seed,
             "seq_length": settings.seq_length,
+            "rope_parameters": assembled.rope_parameters,
             "dtype": str(DTYPES[run.precision]).removeprefix("torch."),
             "trainable_parameters": sum(count_elements(parameter) for parameter in parameters.values()),
             "version": __version__,
@@ -171,14 +191,9 @@ def _check_first_logits(run: Run, llama: LlamaForCausalLM, data: PreparedData) -
     check_logits(logits, source=model.path, random_weights=model.random_weights)
 
 
-def _notices(run: Run, assembled: Assembled, data: PreparedData, max_positions: int) -> tuple[str, ...]:
+def _notices(run: Run, assembled: Assembled, data: PreparedData) -> tuple[str, ...]:
     notices = list(assembled.notices)
     length, longest = run.settings.seq_length, data.ledger.training.longest_document
-    if length > max_positions:
-        notices.append(
-            f"sparse_llama.seq_length: {length} tokens, but the base was made for {max_positions} "
-            "(max_position_embeddings); it has never seen such positions"
-        )
     plan = assembled.plan
     if plan.is_sparse_at(length) and not plan.is_sparse_at(longest):
         notices.append(

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.settings import TrainingSettings
 from sparse_llama.data.batches import Batch
 from sparse_llama.data.records import Example
@@ -28,19 +29,21 @@ class Validation:
 def validate(
     objective: nn.Module,
     llama: LlamaForCausalLM,
+    plan: AttentionPlan,
     tokenizer: Tokenizer,
     batches: list[Batch],
     answerable: list[Example],
     settings: TrainingSettings,
 ) -> Validation:
     """Return the model's state on held-out records; every rank must call it (ZeRO-3 gathers weights in
-    step)."""
+    step). Prompts are answered by every rank on its own, also where ranks share the rows of ``batches``."""
     was_training = objective.training
     objective.eval()
     loss = mean_token_loss(objective, batches)
     scored = spread(answerable, settings.exact_match_records)
-    matches = exact_match(llama, tokenizer, scored, settings.max_new_tokens) if scored else None
     shown = [example.prompt for example in spread(answerable, settings.samples)]
-    answers = generate_batch(llama, tokenizer, shown, settings.max_new_tokens) if shown else []
+    with plan.each_rank_alone():
+        matches = exact_match(llama, tokenizer, scored, settings.max_new_tokens) if scored else None
+        answers = generate_batch(llama, tokenizer, shown, settings.max_new_tokens) if shown else []
     objective.train(was_training)
     return Validation(loss, matches, answers)

@@ -171,7 +171,7 @@ def test_the_command_prints_a_table_and_saves_it(tmp_path: Path, capsys: pytest.
         (["--training_lengths", "2k"], "--training_lengths: must be whole numbers above 0, .* got '2k'"),
         (["--modes", "fixed"], "--modes: belongs to attention; layer does not take it"),
         (["--backends", "flex"], "--backends: belongs to attention; layer does not take it"),
-        (["--shape", "mid"], "--shape: belongs to step; layer does not take it"),
+        (["--shape", "mid"], "--shape: belongs to step and memory; layer does not take it"),
     ],
 )
 def test_a_mistake_is_one_line(

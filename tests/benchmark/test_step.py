@@ -209,7 +209,7 @@ def test_the_command_prints_a_table_and_saves_it(
             "--top_layers: 4 leaves none of the 4 layers of --shape small out; use at most 3",
         ),
         (["--dtype", "float16"], "--dtype: float16 trains with loss scaling only, .* use bfloat16"),
-        (["--lengths", "64"], "--lengths: belongs to attention and layer; step does not take it"),
+        (["--lengths", "64"], "--lengths: belongs to attention, layer and memory; step does not take it"),
         (["--width", "64"], "--width: belongs to layer; step does not take it"),
         (["--checkpointing", "maybe"], "argument --checkpointing: invalid choice"),
     ],

@@ -56,6 +56,60 @@ def test_batch_sizes_that_do_not_multiply_up_name_all_factors(refusal):
     )
 
 
+def test_processes_that_share_their_rows_count_once_as_deepspeed_counts_them():
+    assert resolve_batch({MICRO: 4, "sequence_parallel_size": 4}, 8) == {BATCH: 8, MICRO: 4, STEPS: 1}
+    assert resolve_batch({BATCH: 6, STEPS: 3, "sequence_parallel_size": 2}, 4) == {
+        BATCH: 6,
+        MICRO: 1,
+        STEPS: 3,
+    }
+    assert resolve_batch({BATCH: 6, MICRO: 3, "sequence_parallel_size": 2}, 2) == {
+        BATCH: 6,
+        MICRO: 3,
+        STEPS: 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("sharing", "processes", "said"),
+    [
+        (2, 1, "1 process cannot make groups of 2"),
+        (3, 4, "4 processes cannot make groups of 3"),
+        (8, 4, "4 processes cannot make groups of 8"),
+    ],
+)
+def test_processes_that_do_not_make_whole_groups_are_refused(
+    refusal, sharing: int, processes: int, said: str
+):
+    allowed = {1: "1", 4: "1, 2 or 4"}[processes]
+    assert refusal({MICRO: 1, "sequence_parallel_size": sharing}, world_size=processes) == (
+        f"sequence_parallel_size: {said} that share their rows; start a multiple of {sharing} "
+        f"(deepspeed --num_gpus {sharing} ...), or use {allowed}"
+    )
+
+
+def test_a_batch_that_does_not_multiply_up_names_the_groups(refusal):
+    assert refusal({BATCH: 9, MICRO: 4, "sequence_parallel_size": 2}, world_size=4) == (
+        "train_batch_size: 9 rows are not train_micro_batch_size_per_gpu (4) x gradient_accumulation_steps "
+        "(any) x 2 groups of 2 processes (sequence_parallel_size); change one of them"
+    )
+
+
+def test_rows_that_ranks_cannot_share_evenly_are_refused(refusal, load):
+    """To pad them would make them longer than the layout, and than the run says."""
+
+    def document(length: int, sharing: int = 4) -> dict:
+        return {"sequence_parallel_size": sharing, "sparse_llama": {"seq_length": length}}
+
+    assert load(document(500), world_size=4).sequence_parallel_size == 4
+    assert load({}).sequence_parallel_size == 1
+    assert refusal(document(510), world_size=4) == (
+        "sparse_llama.seq_length: 510 tokens cannot be shared by 4 ranks (sequence_parallel_size) evenly; "
+        "use 508 or 512"
+    )
+    assert refusal(document(3), world_size=4).endswith("evenly; use 4")
+
+
 def test_two_precisions_are_refused(refusal):
     on = {"enabled": True}
     assert refusal({"bf16": on, "fp16": on}) == (

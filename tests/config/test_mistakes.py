@@ -11,7 +11,8 @@ from sparse_llama.config.removed import REMOVED, UNSUPPORTED
 from sparse_llama.config.section import Section
 
 AUTO_PLACES = (
-    "scheduler.params.total_num_steps, scheduler.params.warmup_max_lr, sparse_llama.attention.backend"
+    "scheduler.params.total_num_steps, scheduler.params.warmup_max_lr, sparse_llama.attention.backend, "
+    "sparse_llama.model.rope_parameters.factor"
 )
 COMMENT = 'leave it out, or start it with "_" to make it a comment'
 
@@ -43,7 +44,7 @@ UNKNOWN = {
     "timers.throughput.sync": "allowed: enabled, synchronized",
     "sparse_llama.seq_len": "did you mean 'seq_length'?",
     "sparse_llama.training.step": "did you mean 'steps'?",
-    "sparse_llama.model.xyzzy": "allowed: path, revision, random_weights, trust_remote_code",
+    "sparse_llama.model.xyzzy": "allowed: path, revision, random_weights, trust_remote_code, rope_parameters",
 }
 
 
@@ -131,7 +132,7 @@ WRONG: list[tuple[str, Any, str]] = [
         'no bundled data set is called "bundled:tiny-llama"; allowed: bundled:people',
     ),
     ("compile.deepcompile", True, "true is not supported: compiling the whole model is not tested here; "),
-    ("sequence_parallel_size", 2, "2 is not supported: sequence parallelism is not built yet; use 1 or "),
+    ("sequence_parallel_size", 0, "must be >= 1, got 0"),
     ("sparse_llama.data.dataset", "x" * 99 + "\n", "must be a hub id, a path or bundled:people, got "),
 ]
 

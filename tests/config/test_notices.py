@@ -1,5 +1,6 @@
 """What has no effect on a run is said once, and nothing is said of what has."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,6 @@ VALUES: dict[str, Any] = {
     "dataloader_drop_last": True,
     "disable_allgather": True,
     "hybrid_engine": {"enabled": False},
-    "seq_parallel_communication_data_type": "fp32",
-    "sequence_parallel_size": 1,
     "torch_autocast": {"enabled": False},
     "vocabulary_size": 8,
     "zero_force_ds_cpu_optimizer": False,
@@ -170,6 +169,27 @@ def test_every_inert_key_says_so_and_is_kept_from_deepspeed(load):
         run = load({key: value})
         assert [line.split(":")[0] for line in run.notices] == [key]
         assert key not in run.deepspeed
+
+
+def test_keys_of_shared_rows_have_no_effect_where_every_row_is_one_processes(load):
+    for key, value in (("sequence_parallel_size", 1), ("seq_parallel_communication_data_type", "bf16")):
+        run = load({key: value})
+        assert [line.split(":")[0] for line in run.notices] == [key]
+        assert key not in run.deepspeed
+
+
+def test_where_rows_are_shared_gradients_are_summed_in_the_type_of_their_own_key(load):
+    """DeepSpeed reads that one instead, without a word."""
+    document = {"sequence_parallel_size": 2, "seq_parallel_communication_data_type": "bf16"}
+    run = load(document, world_size=2)
+    assert run.notices == ()
+    assert document.items() <= run.deepspeed.items()
+    run = load({"sequence_parallel_size": 2, "communication_data_type": "fp16"}, world_size=2)
+    assert run.notices == (
+        "communication_data_type: no effect; where ranks share rows, seq_parallel_communication_data_type is "
+        "read (fp32)",
+    )
+    assert "communication_data_type" not in run.deepspeed
 
 
 def test_deepspeeds_log_keys_act_when_the_log_is_on(load):
@@ -189,6 +209,23 @@ def test_every_unused_key_of_zero_says_so_and_is_kept_from_deepspeed(load):
         run = load({"zero_optimization": {"stage": 3, key: True}})
         assert [line.split(":")[0] for line in run.notices] == [f"zero_optimization.{key}"]
         assert key not in run.deepspeed["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        ({}, "no layer is checkpointed"),
+        ({"activation_checkpointing": {}}, "layer inputs stay on the device"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, None),
+    ],
+)
+def test_a_drive_for_inputs_that_do_not_leave_the_device_says_so(load, block, why):
+    memory = {"sparse_llama": {"memory": {"checkpoint_nvme_path": "/drive"}}}
+    line = (
+        f"sparse_llama.memory.checkpoint_nvme_path: no effect; {why} without "
+        '"activation_checkpointing": {"cpu_checkpointing": true}'
+    )
+    assert load(block | memory).notices == (() if why is None else (line,))
 
 
 def test_what_acts_is_not_talked_about(load):
@@ -224,4 +261,5 @@ def test_random_blocks_may_differ_between_heads(load):
     "path", [EMBEDDED, *sorted((ROOT / "ds_configs").glob("*.json"))], ids=lambda p: p.stem
 )
 def test_a_shipped_document_has_nothing_without_effect(path: Path, tmp_path: Path):
-    assert load_run(path, Overrides(output_dir=tmp_path), 1).notices == ()
+    processes = json.loads(path.read_text(encoding="utf-8")).get("sequence_parallel_size", 1)
+    assert load_run(path, Overrides(output_dir=tmp_path), processes).notices == ()

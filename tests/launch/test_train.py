@@ -123,6 +123,19 @@ def test_a_mistake_is_said_once_whatever_the_number_of_processes(tmp_path: Path,
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_run_beyond_the_bases_positions_is_refused_once_whatever_the_number_of_processes(free_port: int):
+    """Every process looks into ``config.json`` for itself; none reads data or weights before."""
+    done = launch(free_port, "--seq_length", "4096", "--output_dir", "nowhere", processes=2, timeout_s=60)
+    assert done.returncode == 2
+    printed = done.stdout + done.stderr
+    said = [line for line in printed.splitlines() if "seq_length: 4096" in line]
+    assert len(said) == 1
+    assert "bundled:tiny-llama was made for 2048 positions (max_position_embeddings)" in said[0]
+    assert "--rope yarn" in said[0]
+    assert "reading bundled:people" not in printed
+    assert "Traceback" not in printed
+
+
 def test_a_folder_with_another_run_is_not_written_over(a100_run: Path, capsys: pytest.CaptureFixture[str]):
     before = (a100_run / "summary.json").read_bytes()
     with pytest.raises(SystemExit) as ended:

@@ -39,6 +39,20 @@ def test_quartiles_are_shaded_and_a_single_length_can_be_drawn(tmp_path: Path):
     assert shade - colors_of(tmp_path / "plain.png")
 
 
+def test_a_length_without_a_value_is_a_cross_above_the_level_where_there_is_one(tmp_path: Path):
+    """What ran out of memory has no peak; a curve that simply ended would look unmeasured."""
+    for name, fails_at, level in (("cross", (2048,), 8.0), ("ended", (), 8.0), ("no_level", (2048,), None)):
+        curve = Curve("a", (), (), fails_at=fails_at)
+        made = Panel("a panel", "GiB", [Curve("b", (1024,), (1.0,)), curve], is_log=True, level=level)
+        save_curves([[made]], "title", tmp_path / f"{name}.png")
+    orange = (255, 127, 14)
+    counts = {
+        name: (np.round(imread(tmp_path / f"{name}.png")[..., :3] * 255) == orange).all(-1).sum()
+        for name in ("cross", "ended", "no_level")
+    }
+    assert counts["cross"] > counts["ended"] == counts["no_level"]
+
+
 def test_more_rows_make_a_taller_picture(tmp_path: Path):
     curve = Curve("a", (1024, 2048), (1, 2))
     save_curves([[panel(curve)]], "title", tmp_path / "one.png")
