@@ -16,7 +16,7 @@ from sparse_llama.benchmark.shapes import Shape
 from sparse_llama.config.flags import Overrides
 from sparse_llama.errors import ConfigError
 from sparse_llama.planning.levers import TILE
-from sparse_llama.planning.probe import OUT_OF_MEMORY, Figures, Outcome, Probe, measure, run_module
+from sparse_llama.planning.probe import CRASHED, OUT_OF_MEMORY, Figures, Outcome, Probe, measure, run_module
 from sparse_llama.planning.probe import Cell as ProbeCell
 from sparse_llama.training.metrics import write_json
 
@@ -155,7 +155,8 @@ class MemoryBook:
         write_json(self.folder / "run.json", document(self.folder / "base", self.dtype))
 
     def resume(self, identity: dict[str, Any]) -> int:
-        """Take over what an earlier call has measured; return how many cells that is.
+        """Take over what an earlier call has measured; return how many cells that is. What crashed is no
+        measurement, and is tried again.
 
         Raises:
             ConfigError: the file holds other measurements.
@@ -181,9 +182,10 @@ class MemoryBook:
             figures = None if entry["figures"] is None else Figures(**entry["figures"])
             outcome = Outcome(entry["status"], entry["reason"], figures, entry["planned_bytes"])
             cell = MemoryCell(Contender(entry["contender"], entry["rung"]), entry["num_tokens"])
-            self.cells[cell] = MeasuredCell(outcome, entry["elapsed_s"])
+            if outcome.status != CRASHED:
+                self.cells[cell] = MeasuredCell(outcome, entry["elapsed_s"])
         self.longest = {Contender(one["contender"], one["rung"]): one["num_tokens"] for one in longest}
-        return len(cells)
+        return len(self.cells)
 
     def save(self, provenance: dict[str, Any]) -> None:
         """Write the file."""

@@ -1,9 +1,11 @@
 """What ``launch/plan_memory.py`` says of a plan: rows of its tables."""
 
+from typing import Any
+
 from sparse_llama.config.run import Run
 from sparse_llama.planning.hardware import GPU_RESERVE_BYTES, Hardware
 from sparse_llama.planning.levers import rows as count_rows
-from sparse_llama.planning.plan import NextLever, Plan, RungLength
+from sparse_llama.planning.plan import NextLever, Plan, RungLength, longest_to_json
 from sparse_llama.planning.search import Longest, Planner
 from sparse_llama.planning.shapes import Base
 from sparse_llama.reporting.rates import Rates
@@ -158,6 +160,19 @@ def _stops_at(longest: Longest, planner: Planner) -> str:
     return f"{_PLACES[place]} memory{when}{most}"
 
 
+def next_lever_to_json(following: NextLever | None) -> dict[str, Any] | None:
+    """Return the next lever as JSON holds it."""
+    if following is None:
+        return None
+    lever = following.lever
+    return {
+        "flags": list(lever.flags),
+        "keys": dict(lever.keys),
+        "sentence": lever.sentence,
+        "longest": longest_to_json(following.longest),
+    }
+
+
 def time_rows(plan: Plan, rates: Rates | None) -> list[tuple[str, str]]:
     """Return the time and the traffic of a step."""
     traffic, time = plan.estimate.traffic_bytes, plan.time
@@ -266,9 +281,3 @@ def variant_table(plans: dict[str, Plan]) -> tuple[list[str], list[list[str]]]:
         for name, plan in plans.items()
     ]
     return ["variant", "", "GPU", "host", "longest row", "stops at", "step"], table
-
-
-def round_length(num_tokens: int) -> int:
-    """Return a length as people write it, at most 1/16 shorter: a multiple of 64, 1,024 or 4,096."""
-    grain = 4096 if num_tokens >= 2**16 else 1024 if num_tokens >= 2**14 else 64
-    return num_tokens // grain * grain

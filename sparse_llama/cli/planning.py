@@ -1,19 +1,16 @@
 """``launch/plan_memory.py``: what a run needs, before it starts."""
 
 import argparse
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparse_llama.cli.entry import is_main
 from sparse_llama.cli.flags import Parser, add_run_flags, make_room_for, overrides, parser
 from sparse_llama.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from sparse_llama.cli.plan_book import PlanBook
     from sparse_llama.config.run import Run
     from sparse_llama.planning.hardware import Hardware
     from sparse_llama.planning.plan import Plan, RungLength
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
 
 _SCRIPT = "launch/plan_memory.py"
 _GIB = 2**30
-_TABLE_WIDTH = 110
 
 
 def plan_memory_parser(doc: str | None) -> Parser:
@@ -57,6 +53,7 @@ def plan_memory_parser(doc: str | None) -> Parser:
     )
     add("--variants", action="store_true", help="v1 and v2, dense and sparse, side by side")
     add("--json", type=Path, metavar="FILE", help="write all of it there too")
+    add("--md", type=Path, metavar="FILE", help="write what is shown there too, as Markdown")
     add("--png", type=Path, metavar="FILE", help="draw the ladder there")
     return flags
 
@@ -71,22 +68,22 @@ def plan_memory(arguments: argparse.Namespace) -> None:
     flags = overrides(arguments)
     run = load_run(arguments.ds_config, flags, arguments.ranks, is_main=False, is_here=False)
 
-    from rich.console import Console
-
+    from sparse_llama.cli.plan_book import PlanBook
     from sparse_llama.planning.search import Planner
     from sparse_llama.planning.shapes import find_base
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
+    book = PlanBook()
     base = find_base(run.settings.model)
     planner = Planner(base.config, _hardware(arguments, run), arguments.ranks)
-    report = _show_plan(run, base, planner, _rates(arguments, planner.hardware), console)
+    _show_plan(run, base, planner, _rates(arguments, planner.hardware), book)
     if arguments.variants:
-        report["variants"] = _show_variants(arguments, planner, console)
+        _show_variants(arguments, planner, book)
     if arguments.ladder or arguments.png is not None or arguments.longest is not None:
-        report["ladder"] = _show_ladder(run, planner, arguments, console)
+        _show_ladder(run, planner, arguments, book)
     if arguments.json is not None:
-        _save(arguments.json, report)
-        console.print(f"wrote {arguments.json}")
+        book.save_json(arguments.json)
+    if arguments.md is not None:
+        book.save_markdown(arguments.md, run.name)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -100,7 +97,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.longest == Path():
         name = "cpu_demo" if arguments.ds_config is None else arguments.ds_config.stem
         arguments.longest = Path(f"{name}_longest.json")
-    for name in ("json", "png", "longest"):
+    for name in ("json", "md", "png", "longest"):
         file = getattr(arguments, name)
         if file is not None:
             make_room_for(f"--{name}", file)
@@ -142,56 +139,49 @@ def _rates(arguments: argparse.Namespace, hardware: "Hardware") -> "Rates | None
     return RATES[arguments.gpu] if arguments.gpu is not None else rates_of(device_name()) or A100
 
 
-def _show_plan(
-    run: "Run", base: "Base", planner: "Planner", rates: "Rates | None", console: "Console"
-) -> dict[str, Any]:
+def _show_plan(run: "Run", base: "Base", planner: "Planner", rates: "Rates | None", book: "PlanBook") -> None:
     from sparse_llama.cli import plan_report
     from sparse_llama.planning.plan import make_plan, next_lever, plan_to_json
-    from sparse_llama.reporting.tables import format_bytes, show_columns, show_table
+    from sparse_llama.reporting.tables import format_bytes
 
     plan = make_plan(run, planner, rates)
-    show_table(run.name, plan_report.run_rows(plan, planner), console)
+    book.table(run.name, plan_report.run_rows(plan, planner))
     for note in (*run.notices, *plan_report.base_notes(base, plan, planner)):
-        console.print(f"note: {note}", style="yellow")
-    console.print(
-        f"\n{plan_report.verdict(plan, planner)}\n", style="bold green" if plan.fits else "bold red"
-    )
-    header, table = plan_report.component_table(plan)
-    show_columns("bytes at the peak", header, table, console)
+        book.note(note)
+    book.verdict(plan_report.verdict(plan, planner), is_good=plan.fits)
+    book.columns("bytes at the peak", *plan_report.component_table(plan))
     width = base.config.hidden_size
     unit = format_bytes(plan_report.token_by_width_bytes(run, width))
-    show_columns(
-        f"alive at the peak, in {plan.estimate.phase}; u is one tensor of tokens by {width:,}, {unit}",
-        plan_report.ALIVE_HEADER,
-        plan_report.alive_rows(plan, width),
-        console,
-    )
+    title = f"alive at the peak, in {plan.estimate.phase}; u is one tensor of tokens by {width:,}, {unit}"
+    book.columns(title, plan_report.ALIVE_HEADER, plan_report.alive_rows(plan, width))
     following = next_lever(run, planner, plan.longest)
-    show_table("how far", plan_report.length_rows(plan, following, planner), console)
-    show_table("one optimizer step", plan_report.time_rows(plan, rates), console)
-    show_table("ZeRO, over a frozen base", plan_report.zero_rows(plan, planner.ranks), console)
-    return {"hardware": asdict(planner.hardware), "ranks": planner.ranks, "plan": plan_to_json(plan, planner)}
+    book.table("how far", plan_report.length_rows(plan, following, planner))
+    book.table("one optimizer step", plan_report.time_rows(plan, rates))
+    book.table("ZeRO, over a frozen base", plan_report.zero_rows(plan, planner.ranks))
+    book.content |= {
+        "hardware": asdict(planner.hardware),
+        "ranks": planner.ranks,
+        "plan": plan_to_json(plan, planner),
+        "next_lever": plan_report.next_lever_to_json(following),
+    }
 
 
-def _show_ladder(
-    run: "Run", planner: "Planner", arguments: argparse.Namespace, console: "Console"
-) -> list[dict[str, Any]]:
+def _show_ladder(run: "Run", planner: "Planner", arguments: argparse.Namespace, book: "PlanBook") -> None:
     from sparse_llama.cli import plan_report
     from sparse_llama.planning.plan import climb, ladder_to_json
-    from sparse_llama.reporting.tables import show_columns
 
     rungs = climb(run, planner)
     title = f"the ladder of levers: the longest row of each, micro-batches of {run.micro_batch_size}"
-    show_columns(title, plan_report.LADDER_HEADER, plan_report.ladder_rows(rungs, planner), console)
+    book.columns(title, plan_report.LADDER_HEADER, plan_report.ladder_rows(rungs, planner))
+    book.content["ladder"] = ladder_to_json(rungs, planner)
     if arguments.png is not None:
         from sparse_llama.reporting.ladder_png import save_ladder
 
         bars = [(f"{one.rung.number}  {one.rung.name}", one.longest.num_tokens) for one in rungs]
         save_ladder(bars, f"{run.name}: {plan_report.hardware_line(planner.hardware)}", arguments.png)
-        console.print(f"wrote {arguments.png}")
+        book.wrote(arguments.png)
     if arguments.longest is not None:
-        _write_longest(run, rungs, planner, arguments, console)
-    return ladder_to_json(rungs, planner)
+        _write_longest(run, rungs, planner, arguments, book)
 
 
 def _write_longest(
@@ -199,12 +189,14 @@ def _write_longest(
     rungs: "list[RungLength]",
     planner: "Planner",
     arguments: argparse.Namespace,
-    console: "Console",
+    book: "PlanBook",
 ) -> None:
     """Write the document of the settings that reach furthest, and say what they need."""
     from sparse_llama.cli import plan_report
+    from sparse_llama.cli.plan_book import command_of_plan
+    from sparse_llama.config.flags import Overrides
     from sparse_llama.config.run import load_run
-    from sparse_llama.planning.document import changed_document, write_document
+    from sparse_llama.planning.document import changed_document, keys_of_longest, write_document
     from sparse_llama.planning.plan import make_plan, reach
 
     furthest = reach(rungs, planner)
@@ -212,67 +204,43 @@ def _write_longest(
         raise ConfigError(
             f"{run.name}: no settings make even the shortest row fit; use a larger machine or a smaller base"
         )
-    length = plan_report.round_length(furthest.longest.num_tokens)
-    keys = {
-        **furthest.lever.keys,
-        "train_batch_size": None,
-        "train_micro_batch_size_per_gpu": run.micro_batch_size,
-        "gradient_accumulation_steps": run.gradient_accumulation_steps,
-        "sparse_llama.seq_length": length,
-        "sparse_llama.attention.master_length": None,
-    }
-    positions = planner.config.max_position_embeddings
-    if length > positions and run.settings.model.rope_parameters is None:
-        keys["sparse_llama.model.rope_parameters"] = {"rope_type": "yarn", "factor": "auto"}
-        console.print(
-            f"note: the base was made for {positions:,} positions: the document has yarn's rope_parameters",
-            style="yellow",
+    keys = keys_of_longest(run, furthest.lever, furthest.longest.num_tokens, planner.config)
+    if "sparse_llama.model.rope_parameters" in keys:
+        book.note(
+            f"the base was made for {planner.config.max_position_embeddings:,} positions: the document has "
+            "yarn's rope_parameters"
         )
     file = arguments.longest
     comments = {
         "_run": f"deepspeed launch/train.py --ds_config {file}",
-        "_made_by": f"python {_SCRIPT} {' '.join(sys.argv[1:])}",
+        "_made_by": command_of_plan(),
         "_about": f"The longest row for {plan_report.hardware_line(planner.hardware)}: {furthest.rung.name}.",
     }
-    path = run.config_path
-    write_document(file, changed_document(path, overrides(arguments), keys, comments=comments))
-    found = load_run(file, _nothing_but(arguments), arguments.ranks, is_main=False, is_here=False)
+    write_document(file, changed_document(run.config_path, overrides(arguments), keys, comments=comments))
+    flags = Overrides(output_dir=arguments.output_dir)
+    found = load_run(file, flags, arguments.ranks, is_main=False, is_here=False)
     plan = make_plan(found, planner, None)
-    console.print(f"\nwrote {file}: {length:,} tokens, {plan_report.memory_line(found)}")
-    console.print(plan_report.verdict(plan, planner), style="bold green" if plan.fits else "bold red")
+    book.wrote(file)
+    book.table("the longest run", plan_report.run_rows(plan, planner))
+    book.verdict(plan_report.verdict(plan, planner), is_good=plan.fits)
 
 
-def _nothing_but(arguments: argparse.Namespace) -> Any:
-    from sparse_llama.config.flags import Overrides
-
-    return Overrides(output_dir=arguments.output_dir)
-
-
-def _show_variants(
-    arguments: argparse.Namespace, planner: "Planner", console: "Console"
-) -> list[dict[str, Any]]:
-    """Print the plans of both adapters with both attentions, of which a document names one."""
+def _show_variants(arguments: argparse.Namespace, planner: "Planner", book: "PlanBook") -> None:
+    """Show the plans of both adapters with both attentions, of which a document names one."""
     from dataclasses import replace
 
     from sparse_llama.cli import plan_report
     from sparse_llama.config.run import load_run
     from sparse_llama.planning.plan import make_plan, plan_to_json
-    from sparse_llama.reporting.tables import show_columns
 
-    flags = overrides(arguments)
+    flags, rates = overrides(arguments), _rates(arguments, planner.hardware)
     plans: dict[str, Plan] = {}
     for adapter in ("v1", "v2"):
         for attention in ("dense", "sparse"):
             asked = replace(flags, adapter=adapter, attention=attention)
             run = load_run(arguments.ds_config, asked, arguments.ranks, is_main=False, is_here=False)
-            plans[f"{adapter}, {attention}"] = make_plan(run, planner, _rates(arguments, planner.hardware))
-    header, table = plan_report.variant_table(plans)
-    show_columns("variants", header, table, console)
-    return [{"variant": name} | plan_to_json(plan, planner) for name, plan in plans.items()]
-
-
-def _save(file: Path, report: dict[str, Any]) -> None:
-    from sparse_llama.benchmark.provenance import provenance
-
-    origin = {"provenance": asdict(provenance(_SCRIPT, sys.argv[1:]))}
-    file.write_text(json.dumps(origin | report, indent=2) + "\n", encoding="utf-8")
+            plans[f"{adapter}, {attention}"] = make_plan(run, planner, rates)
+    book.columns("variants", *plan_report.variant_table(plans))
+    book.content["variants"] = [
+        {"variant": name} | plan_to_json(plan, planner) for name, plan in plans.items()
+    ]

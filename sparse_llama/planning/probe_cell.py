@@ -13,7 +13,8 @@ activations, and what the C library keeps between them.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,7 +153,16 @@ def _train(run: Run, order: Order, moment: Moment) -> Taken:
     }
     shorter = replace(run, deepspeed=run.deepspeed | sizes)
     schedule = None if run.schedule is None else run.schedule.resolve(run.settings.training.steps or _MANY)
-    assembled, _, engine = start_model(shorter, schedule)
+    counts = order.counts_tensors and ranks.device().type == "cpu"
+    made = Tensors()
+    with made.counting() if counts else nullcontext():
+        assembled, _, engine = start_model(shorter, schedule)
+
+    def known() -> int:
+        return sum(held_bytes(assembled.model, engine, "cpu").values())
+
+    # what DeepSpeed has for itself stays as it was made; model and optimizer tell what they have by now
+    unknown = made.now - known()
     batches = [_batch(run, assembled.model.config.vocab_size, index) for index in range(accumulation)]
     engine.train()
 
@@ -160,11 +170,11 @@ def _train(run: Run, order: Order, moment: Moment) -> Taken:
         moment.step = number
         optimizer_step(engine, batches, moment)
 
-    def held() -> int:
-        return sum(held_bytes(assembled.model, engine, "cpu").values())
-
-    taken = take_steps(step, order.num_steps, held if order.counts_tensors else None)
-    return taken._replace(step_s=taken.step_s / accumulation * run.gradient_accumulation_steps)
+    taken = take_steps(step, order.num_steps, (lambda: unknown + known()) if counts else None)
+    return taken._replace(
+        step_s=taken.step_s / accumulation * run.gradient_accumulation_steps,
+        tensor_bytes=taken.tensor_bytes and max(taken.tensor_bytes, made.most),
+    )
 
 
 def take_steps(step: Callable[[int], object], num_steps: int, held: Callable[[], int] | None) -> Taken:
@@ -189,22 +199,37 @@ def take_steps(step: Callable[[int], object], num_steps: int, held: Callable[[],
     return Taken(step_s, tensor_bytes, peak_host_bytes)
 
 
+@dataclass
+class Tensors:
+    """Bytes that PyTorch's CPU allocator has given out, by its own events."""
+
+    now: int = 0
+    most: int = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is given out and taken back meanwhile."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            yield
+        results: Any = profiled.profiler
+        events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            self.now += event.nbytes()
+            self.most = max(self.most, self.now)
+
+
 def _tensor_bytes(step: Callable[[], object], before: int) -> int:
     """Return the most that PyTorch's allocator gives out during ``step``, beside ``before``; 0 where there is
     no room for its record."""
+    tensors = Tensors(before, before)
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        with tensors.counting():
             step()
-        events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]  # pyright: ignore
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return 0
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-        most = max(most, now)
-    return before + most
+    return tensors.most
 
 
 def _batch(run: Run, vocab_size: int, index: int) -> Batch:

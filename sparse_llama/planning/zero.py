@@ -160,11 +160,15 @@ def _move_weights(
     num_layers = max(1, sum(one.kind.name.endswith("q_proj.weight") for one in parameters))
     layer = sum(in_layers) // num_layers
     head = max(others, default=0)
-    fetched = zero.prefetch_bucket_size + max(in_layers, default=0) if zero.prefetch_bucket_size else 0
     # A layer used again within max_reuse_distance is kept (partitioned_param_coordinator.py:654): the j-th
     # from the top is, after the head twice and j layers three times (forward, recomputed, backward).
     kept = 1 + max(0, (zero.max_reuse_distance - 2 * head) // max(1, 3 * layer))
-    live = min(sum(in_layers), min(kept, num_layers) * layer + min(fetched, zero.max_live_parameters))
+    live = min(kept, num_layers) * layer
+    if zero.prefetch_bucket_size:
+        # Every module, a norm or an activation too, fetches a bucket ahead, so that they run ahead of the
+        # computation up to max_live_parameters (:456); what is needed now is fetched beyond that.
+        live = max(live, zero.max_live_parameters + layer)
+    live = min(live, sum(in_layers))
     memory.weights.update(_tensor(here, "weights", "gathered layers", live, dtype))
     memory.loss.update(_tensor(here, "weights", "gathered head", head, dtype))
     if where != "none":

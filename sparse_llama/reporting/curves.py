@@ -67,6 +67,7 @@ def save_curves(rows: Sequence[Sequence[Panel]], title: str, file: Path) -> None
     curves = [curve for row in rows for panel in row for curve in panel.curves]
     names = dict.fromkeys(curve.label for curve in curves if not curve.is_reference)
     palette = [colormaps["tab10"](index) for index in range(10) if index != 7]  # 7 is grey, the reference's
+    palette += [colormaps["tab20"](2 * index + 1) for index in range(10) if index != 7]  # lighter ones
     colors = dict(zip(names, cycle(palette), strict=False))
     shown: dict[str, Line2D] = {}
     for axes_row, row in zip(figure.subplots(len(rows), len(rows[0]), squeeze=False), rows, strict=True):

@@ -227,6 +227,23 @@ def test_mistakes_are_told_before_anything_is_measured(
     assert message in capsys.readouterr().err
 
 
+def test_a_crash_is_tried_again_and_memory_that_ran_out_is_not(tmp_path: Path):
+    """A crash says something of the machine or of a mistake, and would stay in the table for ever."""
+    made, again = book(tmp_path), book(tmp_path)
+    assert made.resume({}) == 0
+    out_of_memory = MeasuredCell(Outcome(OUT_OF_MEMORY, "in the backward pass"), 3.0)
+    made.cells = {
+        MemoryCell(PLAIN, 64): MeasuredCell(fits(60 * MIB), 3.0),
+        MemoryCell(PLAIN, 128): MeasuredCell(Outcome(CRASHED, "ImportError"), 3.0),
+        MemoryCell(LAST, 64): out_of_memory,
+    }
+    made.longest = {LAST: 4096}
+    made.save({})
+    assert again.resume({}) == 2
+    assert again.cells == {cell: made.cells[cell] for cell in (MemoryCell(PLAIN, 64), MemoryCell(LAST, 64))}
+    assert again.longest == made.longest
+
+
 def test_a_file_that_is_no_benchmark_is_refused(tmp_path: Path):
     made = book(tmp_path)
     made.file.write_text("{}", encoding="utf-8")
