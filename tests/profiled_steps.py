@@ -4,8 +4,8 @@
 
 For every cell, ``{"config": a LlamaConfig's, "document": a configuration's, "lengths": of documents}``,
 prints a line of JSON: the running maximum of what was allocated from before the model was made until after
-its second optimizer step, and how much the process' resident memory grew at most in the same without the
-profiler.
+its second optimizer step, and (but for ``"resident": false``) how much the process' resident memory grew at
+most in the same without the profiler.
 """
 
 import ctypes
@@ -69,6 +69,8 @@ def measure(cell: dict[str, Any], folder: Path) -> dict[str, int]:
         take_steps(run, cell["lengths"], num_steps=2)
     allocated = running_maximum(profiled)
     del profiled
+    if not cell.get("resident", True):
+        return {"allocated": allocated, "resident": 0}
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

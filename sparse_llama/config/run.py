@@ -145,7 +145,9 @@ def load_run(
     file = _without_null(read)
     check_flags(overrides)
     merged = apply_flags(file, overrides)
-    run = _in_file(label, lambda: _resolve(config_path, file, merged, overrides, world_size, written, is_here))
+    run = _in_file(
+        label, lambda: _resolve(config_path, file, merged, overrides, world_size, written, is_here)
+    )
     check_output_dir(run, is_main=is_main)
     return run
 

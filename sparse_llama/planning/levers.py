@@ -68,6 +68,8 @@ def set_key(document: dict[str, Any], path: str, value: Any) -> None:
     block = document
     for name in parents:
         if not isinstance(block.get(name), dict):
+            if value is None:
+                return
             block[name] = {}
         block = block[name]
     if value is None:
@@ -80,8 +82,8 @@ def tile(name: str, tokens: int = TILE) -> Lever:
     """Return the lever ``loss_tile``, ``mlp_tile`` or ``norm_tile``."""
     what = {
         "loss_tile": "labelled tokens' logits at a time; costs no time",
-        "mlp_tile": "tokens in an MLP at a time; under a checkpoint one more MLP forward pass",
-        "norm_tile": "tokens in a norm at a time; costs one more read of its input",
+        "mlp_tile": "tokens in an MLP at a time; no time under a checkpoint, else one more product of three",
+        "norm_tile": "tokens in a norm at a time; v2 projects q, k and v once more, v1 pays nothing",
     }
     return Lever(
         f"{name} {tokens:,}",
@@ -128,9 +130,7 @@ def small_buckets(run: Run, ranks: int) -> Lever | None:
 
 def head_groups(groups: int) -> Lever:
     """Return the lever that computes a layer by groups of heads."""
-    sentence = (
-        f"attention of {groups} groups of heads, one at a time; queries, keys and values computed again"
-    )
+    sentence = f"attention of {groups} groups of heads, one at a time; takes about the time of tiled layers"
     return Lever(
         f"head_groups {groups}", sentence, {f"{_MEMORY}head_groups": groups}, ("--head_groups", str(groups))
     )
@@ -164,7 +164,8 @@ def one_row(run: Run) -> Lever:
     """Return the lever of micro-batches of one row, and as many to a step as there were rows."""
     rows = run.micro_batch_size * run.gradient_accumulation_steps
     keys = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": rows}
-    return Lever("micro-batch 1", f"micro-batches of 1 row, {rows} to a step", keys)
+    sentence = f"micro-batches of 1 row, {rows} to a step; costs time below about 2,048 tokens"
+    return Lever("micro-batch 1", sentence, keys, ("--micro_batch_size", "1"))
 
 
 def rows(count: int) -> str:

@@ -13,8 +13,7 @@ activations, and what the C library keeps between them.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from sparse_llama.errors import SparseLlamaError
 from sparse_llama.planning.hardware import available_host_bytes
 from sparse_llama.planning.probe import CRASHED, FITS, OUT_OF_MEMORY, Figures, Outcome
 from sparse_llama.training.engine import optimizer_step
-from sparse_llama.training.held import held_bytes
+from sparse_llama.training.held import live_bytes
 from sparse_llama.training.host_memory import (
     limit_private,
     peak_resident_bytes,
@@ -153,16 +152,7 @@ def _train(run: Run, order: Order, moment: Moment) -> Taken:
     }
     shorter = replace(run, deepspeed=run.deepspeed | sizes)
     schedule = None if run.schedule is None else run.schedule.resolve(run.settings.training.steps or _MANY)
-    counts = order.counts_tensors and ranks.device().type == "cpu"
-    made = Tensors()
-    with made.counting() if counts else nullcontext():
-        assembled, _, engine = start_model(shorter, schedule)
-
-    def known() -> int:
-        return sum(held_bytes(assembled.model, engine, "cpu").values())
-
-    # what DeepSpeed has for itself stays as it was made; model and optimizer tell what they have by now
-    unknown = made.now - known()
+    assembled, _, engine = start_model(shorter, schedule)
     batches = [_batch(run, assembled.model.config.vocab_size, index) for index in range(accumulation)]
     engine.train()
 
@@ -170,11 +160,8 @@ def _train(run: Run, order: Order, moment: Moment) -> Taken:
         moment.step = number
         optimizer_step(engine, batches, moment)
 
-    taken = take_steps(step, order.num_steps, (lambda: unknown + known()) if counts else None)
-    return taken._replace(
-        step_s=taken.step_s / accumulation * run.gradient_accumulation_steps,
-        tensor_bytes=taken.tensor_bytes and max(taken.tensor_bytes, made.most),
-    )
+    taken = take_steps(step, order.num_steps, live_bytes if order.counts_tensors else None)
+    return taken._replace(step_s=taken.step_s / accumulation * run.gradient_accumulation_steps)
 
 
 def take_steps(step: Callable[[int], object], num_steps: int, held: Callable[[], int] | None) -> Taken:
@@ -199,37 +186,23 @@ def take_steps(step: Callable[[int], object], num_steps: int, held: Callable[[],
     return Taken(step_s, tensor_bytes, peak_host_bytes)
 
 
-@dataclass
-class Tensors:
-    """Bytes that PyTorch's CPU allocator has given out, by its own events."""
-
-    now: int = 0
-    most: int = 0
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what is given out and taken back meanwhile."""
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            yield
-        results: Any = profiled.profiler
-        events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            self.now += event.nbytes()
-            self.most = max(self.most, self.now)
-
-
 def _tensor_bytes(step: Callable[[], object], before: int) -> int:
     """Return the most that PyTorch's allocator gives out during ``step``, beside ``before``; 0 where there is
     no room for its record."""
-    tensors = Tensors(before, before)
     try:
-        with tensors.counting():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             step()
+        results: Any = profiled.profiler
+        events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return 0
-    return tensors.most
+    now = most = before
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def _batch(run: Run, vocab_size: int, index: int) -> Batch:

@@ -21,6 +21,7 @@ from sparse_llama.planning.levers import (
     group_counts,
     head_groups,
     number_checkpoints,
+    one_row,
     small_buckets,
     smaller_micro_batch,
     tile,
@@ -130,33 +131,43 @@ def find_changes(run: Run, planner: Planner) -> list[Change]:
 def candidates(run: Run, planner: Planner) -> list[Lever]:
     """Return the levers that are not on yet, the least time first."""
     on_gpu, memory, block = planner.hardware.device == "cuda", run.settings.memory, run.checkpointing
-    levers = [tile(name) for name in ("loss_tile", "norm_tile") if getattr(memory, name) is None]
+    early = ("loss_tile",) if block is None else ("loss_tile", "mlp_tile")
+    late = [name for name in ("norm_tile", "mlp_tile") if name not in early]
+    levers = [tile(name) for name in early if getattr(memory, name) is None]
     found = (small_buckets(run, planner.ranks), smaller_micro_batch(run))
     levers += [lever for lever in found if lever is not None]
+    levers += [one_row(run)] if run.micro_batch_size > 2 else []
     offloads = block is not None and block.cpu_checkpointing
     if block is None:
         levers.append(checkpoint("gpu"))
     elif on_gpu and not offloads:
         levers.append(checkpoint("cpu"))
-    levers += [tile("mlp_tile")] if memory.mlp_tile is None else []
+    levers += [tile(name) for name in late if getattr(memory, name) is None]
     if block is None and on_gpu:
         levers.append(checkpoint("cpu"))
     counts = group_counts(planner.config)
     levers += [head_groups(count) for count in counts if (memory.head_groups or 1) < count]
     if on_gpu and "offload_param" not in run.deepspeed["zero_optimization"]:
         levers.append(STREAMED)
-    trained = len(run.settings.adapter.adapted_layers(planner.config.num_hidden_layers))
-    every = 2 if block is None else 2 * inputs_every(trained, block.number_checkpoints)
-    if block is not None and every < trained:
-        levers.append(number_checkpoints(every, trained))
+    levers += [] if block is None else _fewer_checkpoints(run, planner)
     return levers
+
+
+def _fewer_checkpoints(run: Run, planner: Planner) -> list[Lever]:
+    trained, block = (
+        len(run.settings.adapter.adapted_layers(planner.config.num_hidden_layers)),
+        run.checkpointing,
+    )
+    every = 1 if block is None else inputs_every(trained, block.number_checkpoints)
+    return [number_checkpoints(factor * every, trained) for factor in (2, 4) if factor * every < trained]
 
 
 def _several(run: Run, planner: Planner, levers: list[Lever]) -> Lever | None:
     """Return several levers that fit together, none of which can be left out; None where not even all fit."""
     taken: list[Lever] = []
     fitting = False
-    for lever in levers:
+    last = _fewer_checkpoints(run, planner) if run.checkpointing is None else []  # beside a checkpoint only
+    for lever in (*levers, *last):
         taken.append(lever)
         fitting = planner.fits(planner.at(combine(taken).apply(run)))
         if fitting:

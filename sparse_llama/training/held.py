@@ -1,5 +1,6 @@
 """What a run's parts hold on one device at this moment, by component, from the tensors themselves."""
 
+import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,15 @@ def held_bytes(model: nn.Module, engine: Any, device_type: str) -> dict[str, int
     }
     seen: set[int] = set()
     return {name: _count(tensors, device_type, seen) for name, tensors in parts.items()}
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors in host memory that Python knows, those of libraries included: between
+    steps, when no graph is alive, all that there are."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
+    return _count(tensors, "cpu", set())
 
 
 def _tensors_of(parameters: list[nn.Parameter]) -> Iterator[torch.Tensor]:

@@ -122,6 +122,35 @@ def test_another_model_or_data_set_drops_what_belonged_to_the_old_one(load):
     assert not settings.data.packing
 
 
+ROWS = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("document", "size", "accumulation"),
+    [
+        (ROWS, 4, 6),
+        (ROWS, 12, 2),
+        (ROWS, 1, 24),
+        ({"train_micro_batch_size_per_gpu": 8}, 2, 4),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 3}, 6, 4),
+        (ROWS | {"train_batch_size": 24}, 6, 4),
+    ],
+)
+def test_a_micro_batch_size_cuts_a_steps_rows_anew(load, document, size: int, accumulation: int):
+    document = {"train_micro_batch_size_per_gpu": None} | document
+    run = load(document, micro_batch_size=size)
+    assert (run.micro_batch_size, run.gradient_accumulation_steps) == (size, accumulation)
+    assert run.global_batch_size == load(document).global_batch_size
+
+
+def test_a_micro_batch_size_that_would_change_a_steps_rows_is_refused(refusal):
+    assert refusal(ROWS, micro_batch_size=5) == (
+        "--micro_batch_size 5: does not divide the 24 rows that a step has on each rank; use one of 1, 2, 3, "
+        "4, 6, 8, 12, 24"
+    )
+    assert "must be >= 1" in refusal(ROWS, micro_batch_size=0)
+
+
 def test_steps_replace_epochs_and_epochs_replace_steps(load):
     steps = load({"sparse_llama": {"training": {"epochs": 3}}}, steps=5).settings.training
     assert (steps.steps, steps.epochs) == (5, None)

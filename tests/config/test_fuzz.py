@@ -41,7 +41,7 @@ def outcome(text: str, path: Path, flags: dict[str, Any], processes: int = 1) ->
     """Return the line that refuses the document; None if it is accepted."""
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
-        run = load_run(path, Overrides(output_dir=path.parent / "out", **flags), processes)
+        run = load_run(path, Overrides(output_dir=path.parent / "out", **flags), processes, is_here=False)
     except ConfigError as error:
         line = str(error)
         assert line.isascii(), line

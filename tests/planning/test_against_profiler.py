@@ -91,12 +91,13 @@ def compare(cells: dict[str, dict[str, Any]], tmp_path: Path) -> dict[str, float
 
 def test_a_few_combinations(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # the other process' own
-    ratios = compare({case: cell(case, 768) for case in BY_DEFAULT}, tmp_path)
+    cells = {case: cell(case, 512) | {"resident": False} for case in BY_DEFAULT}
+    ratios = compare(cells, tmp_path)
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_tokens", [2048, 6144])
+@pytest.mark.parametrize("num_tokens", [1024, 2048])
 def test_every_combination_within_five_percent(num_tokens, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     cells = {case: cell(case, num_tokens) for case in CASES}

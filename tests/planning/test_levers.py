@@ -40,6 +40,7 @@ LEVERS = [
     head_groups(4),
     STREAMED,
     combine((checkpoint("cpu"), number_checkpoints(2, 32), tile("loss_tile"))),
+    one_row(run_of()),
     smaller_micro_batch(run_of()) or pytest.fail("four rows can be two"),
 ]
 

@@ -13,7 +13,7 @@ from sparse_llama.planning.tracker import Place
 
 PLACES: tuple[Place, ...] = ("gpu", "host")
 HOST = {"cpu_checkpointing": True}
-TILES = {"norm_tile": 64, "mlp_tile": 64, "loss_tile": 64}
+TILES = {"norm_tile": 64, "mlp_tile": 64, "loss_tile": 64}  # four to a row
 CASES: dict[str, dict[str, Any]] = {
     "v1": {},
     "v2": {"version": "v2"},
@@ -40,7 +40,12 @@ def all_layers(adapter: Any, checkpointing: Any, layouts: Any) -> Sample:
     return Sample(everything, everything, adapter, checkpointing)
 
 
-@pytest.mark.parametrize("case", CASES)
+BY_DEFAULT = ("v1", "v2 every second input", "v2 sparse, every third layer dense", "v2 head groups")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in BY_DEFAULT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_few_layers_say_what_all_would(case, tmp_path, monkeypatch):
     """The peak is a maximum over phases: were a layer not like the one that stands in for it, the peak of a
     deep model would be wrong, and only there."""

@@ -19,7 +19,7 @@ from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.data.batches import Batch
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.training import loop
-from sparse_llama.training.held import held_bytes
+from sparse_llama.training.held import held_bytes, live_bytes
 from sparse_llama.training.moment import Moment
 from sparse_llama.training.out_of_memory import (
     REST,
@@ -149,6 +149,17 @@ def test_memory_that_two_share_is_counted_once(tiny_llama):
     model = tiny_llama(tie_word_embeddings=True).requires_grad_(False)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert held_bytes(model, None, "cpu")["weights"] == 4 * sum(one.numel() for one in model.parameters())
+
+
+def test_tensors_that_nothing_of_the_run_knows_are_found():
+    """Such as DeepSpeed's buffers; views and gradients are of memory that counts once, or for itself."""
+    before = live_bytes()
+    weight = torch.zeros(1000, requires_grad=True)
+    weight.sum().backward()
+    somewhere = {"deep": [(weight.detach().view(10, 100), torch.zeros(500, dtype=torch.bfloat16))]}
+    assert live_bytes() - before == 2 * 4000 + 1000
+    del somewhere, weight
+    assert live_bytes() == before
 
 
 def test_what_the_failed_frames_hold_is_let_go():
