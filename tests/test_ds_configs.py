@@ -121,6 +121,18 @@ def test_deepspeed_takes_its_part_of_a_document_and_nothing_of_ours_is_in_it(run
     assert theirs.bfloat16_config.enabled == (run.precision == "bf16")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a100_40g_262k", "a100_40g_512k"])
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("adapter", ["v1", "v2"])
+def test_the_longest_rows_of_one_gpu_fit_in_all_four_variants(
+    adapter: str, attention: Literal["dense", "sparse"], name: str, tmp_path: Path
+):
+    run = load(FOLDER / f"{name}.json", tmp_path, adapter=adapter, attention=attention)
+    planner = Planner(seven_b(), HARDWARE["a100_40g"])
+    assert planner.fits(planner.at(run)), planner.needs(planner.at(run))
+
+
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_a_document_fits_any_number_of_processes(document: Path, world_size: int, tmp_path: Path):
     sharing = ranks_of(document)

@@ -38,7 +38,7 @@ class PlanBook:
 
         kept = list(rows)
         show_columns(title, header, kept, self.console)
-        self._pages.append(f"## {_capital(title)}\n\n{markdown_table(header, kept)}")
+        self._pages.append(f"## {_capital(title)}\n\n{markdown_table(header, kept).strip()}")
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """Show and keep rows of label and value."""
@@ -46,7 +46,7 @@ class PlanBook:
 
         kept = list(rows)
         show_table(title, kept, self.console)
-        self._pages.append(f"## {_capital(title)}\n\n{markdown_table(['', ''], map(list, kept))}")
+        self._pages.append(f"## {_capital(title)}\n\n{markdown_table(['', ''], map(list, kept)).strip()}")
 
     def note(self, text: str) -> None:
         """Show and keep a remark."""
@@ -100,4 +100,5 @@ def _provenance() -> "Provenance":
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Return ``text`` as a sentence or a heading begins; names are left as they are."""
+    return text if "_" in text.split()[0] else text[:1].upper() + text[1:]

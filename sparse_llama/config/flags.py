@@ -165,8 +165,8 @@ def _apply_micro_batch_size(merged: dict[str, Any], size: int) -> None:
     if rows % size:
         divisors = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0)
         raise ConfigError(
-            f"--micro_batch_size {size}: does not divide the {rows} rows that a step has on each rank; use one "
-            f"of {divisors}"
+            f"--micro_batch_size {size}: does not divide the {rows} rows that a step has on each rank; use "
+            f"one of {divisors}"
         )
     merged["gradient_accumulation_steps"] = rows // size
 

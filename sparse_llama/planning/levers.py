@@ -203,6 +203,11 @@ class Rung:
         return combine((_nothing(run), *self.levers))
 
 
+def num_trained_layers(run: Run, config: LlamaConfig) -> int:
+    """Return how many layers have a part of the adapter: those whose inputs a checkpoint keeps."""
+    return len(run.settings.adapter.adapted_layers(config.num_hidden_layers))
+
+
 def group_counts(config: LlamaConfig) -> tuple[int, ...]:
     """Return in how many groups of heads a layer of this model is proposed to be computed: 4 and 8, or 2
     where 4 is too many; none where it has one head."""
@@ -218,10 +223,14 @@ def _can_group(config: LlamaConfig, count: int) -> bool:
     return True
 
 
-def ladder(device: str, config: LlamaConfig) -> tuple[Rung, ...]:
-    """Return the rungs, each holding those before it but for the weights: they are streamed in the last two
+def ladder(device: str, config: LlamaConfig, num_trained: int) -> tuple[Rung, ...]:
+    """Return the rungs, each holding those before it but for the weights: they are streamed in the last ones
     alone, beside the simple layer and beside the one of head groups. On a CPU, whose memory is the host's,
-    there is nowhere to move to."""
+    there is nowhere to move to.
+
+    Args:
+        num_trained: layers whose inputs a checkpoint keeps.
+    """
     simple = (checkpoint("gpu"), tile("loss_tile"), tile("mlp_tile"), tile("norm_tile"))
     names = ("nothing", "a checkpoint per layer", "+ tiled loss", "+ tiled MLP", "+ tiled norm")
     rungs = [(name, simple[:count]) for count, name in enumerate(names)]
@@ -234,6 +243,9 @@ def ladder(device: str, config: LlamaConfig) -> tuple[Rung, ...]:
         rungs.append(("rung 5, weights streamed", (*host, STREAMED)))
         if last > 5:
             rungs.append((f"rung {last}, weights streamed", (*rungs[last][1], STREAMED)))
+        if num_trained > 1:
+            few = number_checkpoints(2, num_trained)
+            rungs.append(("+ every 2nd input kept", (*rungs[-1][1], few)))
     return tuple(Rung(number, name, levers) for number, (name, levers) in enumerate(rungs))
 
 

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparse_llama.config.run import Run
+from sparse_llama.memory.checkpointing import inputs_every
 from sparse_llama.planning.estimate import Estimate, Place
-from sparse_llama.planning.levers import Lever, Rung, combine, ladder, number_checkpoints
+from sparse_llama.planning.levers import Lever, Rung, combine, ladder, num_trained_layers, number_checkpoints
 from sparse_llama.planning.quick import Change, candidates, find_changes
 from sparse_llama.planning.roofline import StepTime, plan_of, step_time
 from sparse_llama.planning.search import Longest, Planner, at_length
@@ -91,7 +92,7 @@ def climb(run: Run, planner: Planner) -> list[RungLength]:
     """Return the longest row of every rung of the ladder, for a run of these micro-batches."""
     found: list[RungLength] = []
     start: int | None = None
-    for rung in ladder(planner.hardware.device, planner.config):
+    for rung in ladder(planner.hardware.device, planner.config, num_trained_layers(run, planner.config)):
         lever = rung.lever(run)
         on_rung = lever.apply(run)
         longest = planner.longest(on_rung, start=start, precision=ROUGH)
@@ -108,10 +109,10 @@ def reach(rungs: list[RungLength], planner: Planner) -> RungLength | None:
     tried: list[RungLength] = []
     for one in rungs:
         tried.append(one)
-        block, every = one.run.checkpointing, 2
-        trained = len(one.run.settings.adapter.adapted_layers(planner.config.num_hidden_layers))
+        block, trained = one.run.checkpointing, num_trained_layers(one.run, planner.config)
         if block is None or not block.cpu_checkpointing:
             continue
+        every = 2 * inputs_every(trained, block.number_checkpoints)
         while tried[-1].longest.binds == "host" and every <= trained // 2:
             lever = combine((one.lever, number_checkpoints(every, trained)))
             every *= 2

@@ -20,6 +20,7 @@ from sparse_llama.planning.levers import (
     combine,
     group_counts,
     head_groups,
+    num_trained_layers,
     number_checkpoints,
     one_row,
     small_buckets,
@@ -154,10 +155,7 @@ def candidates(run: Run, planner: Planner) -> list[Lever]:
 
 
 def _fewer_checkpoints(run: Run, planner: Planner) -> list[Lever]:
-    trained, block = (
-        len(run.settings.adapter.adapted_layers(planner.config.num_hidden_layers)),
-        run.checkpointing,
-    )
+    block, trained = run.checkpointing, num_trained_layers(run, planner.config)
     every = 1 if block is None else inputs_every(trained, block.number_checkpoints)
     return [number_checkpoints(factor * every, trained) for factor in (2, 4) if factor * every < trained]
 
@@ -166,8 +164,11 @@ def _several(run: Run, planner: Planner, levers: list[Lever]) -> Lever | None:
     """Return several levers that fit together, none of which can be left out; None where not even all fit."""
     taken: list[Lever] = []
     fitting = False
-    last = _fewer_checkpoints(run, planner) if run.checkpointing is None else []  # beside a checkpoint only
-    for lever in (*levers, *last):
+    order = [lever for lever in levers if lever is not STREAMED]
+    # beside a checkpoint only; and streamed weights take room on the host, which these give
+    order += _fewer_checkpoints(run, planner) if run.checkpointing is None else []
+    order += [lever for lever in levers if lever is STREAMED]
+    for lever in order:
         taken.append(lever)
         fitting = planner.fits(planner.at(combine(taken).apply(run)))
         if fitting:

@@ -68,7 +68,9 @@ def test_the_demo_is_planned_for_this_machine_in_a_process_of_its_own(tmp_path: 
 
 def test_a_gpu_that_is_not_there_is_planned_for(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     file, png = tmp_path / "plan.json", tmp_path / "ladder.png"
-    printed = plan(capsys, *DEMO, "--gpu_gib", 1.6, "--host_gib", 8, "--json", file, "--png", png)
+    md = tmp_path / "plan.md"
+    files = ("--json", file, "--png", png, "--md", md)
+    printed = plan(capsys, *DEMO, "--gpu_gib", 1.6, "--host_gib", 8, *files)
     assert "fits: GPU" in printed
     assert "of 102.4 MiB" in printed, "1.5 GiB are left to CUDA"
     assert "a model of an A100, not measured" in printed
@@ -86,6 +88,10 @@ def test_a_gpu_that_is_not_there_is_planned_for(capsys: pytest.CaptureFixture[st
     assert lengths == sorted(set(lengths)), "every one of these reaches further"
     assert written["plan"]["longest"]["num_tokens"] > 512
     assert imread(png).shape[0] > 400
+    page = md.read_text(encoding="utf-8")
+    assert page.startswith("# Plan of cpu_demo\n\nComputed, not measured")
+    for one in written["ladder"]:
+        assert f"| {one['name']} | {one['num_tokens']:,} |" in page
 
 
 @pytest.mark.slow

@@ -99,21 +99,21 @@ def test_a_micro_batch_gets_smaller_and_the_step_keeps_its_rows():
 def test_a_rung_has_its_own_levers_and_no_other(device: str):
     """Whatever the document switches on: rung 0 is a plain run."""
     busy = combine((checkpoint("cpu"), tile("loss_tile", 7), head_groups(2), STREAMED)).apply(run_of())
-    plain = ladder(device, seven_b())[0].lever(busy).apply(busy)
+    plain = ladder(device, seven_b(), 32)[0].lever(busy).apply(busy)
     assert plain.checkpointing is None
     assert set(plain.settings.memory.model_dump().values()) == {None}
     assert "offload_param" not in plain.deepspeed["zero_optimization"]
-    for rung in ladder(device, seven_b())[1:]:
+    for rung in ladder(device, seven_b(), 32)[1:]:
         climbed = rung.lever(busy).apply(busy)
         assert climbed.checkpointing is not None
         assert same(climbed, rung.lever(plain).apply(plain)) or "weights" in rung.name
 
 
 def test_on_a_cpu_nothing_moves_to_the_host_it_is_on():
-    names = [rung.name for rung in ladder("cpu", seven_b())]
+    names = [rung.name for rung in ladder("cpu", seven_b(), 32)]
     assert not any("host" in name or "weights" in name for name in names)
-    assert [rung.number for rung in ladder("cpu", seven_b())] == list(range(len(names)))
-    assert len(ladder("cuda", seven_b())) == 10
+    assert [rung.number for rung in ladder("cpu", seven_b(), 32)] == list(range(len(names)))
+    assert len(ladder("cuda", seven_b(), 32)) == 11
 
 
 def test_a_changed_document_keeps_the_users_comments_but_not_what_became_untrue(tmp_path: Path):
@@ -145,5 +145,5 @@ def test_groups_of_heads_are_proposed_that_the_model_can_have(
 ):
     config = LlamaConfig(hidden_size=64, num_attention_heads=heads, num_key_value_heads=kv_heads)
     assert group_counts(config) == counts
-    names = [rung.name for rung in ladder("cuda", config)]
+    names = [rung.name for rung in ladder("cuda", config, 32)]
     assert [name for name in names if "head groups" in name] == [f"+ {count} head groups" for count in counts]
