@@ -103,6 +103,16 @@ def row_products(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def head_shares(num_heads: int, num_kv_heads: int) -> list[int]:
+    """Return into how many equal parts a layer's heads can be cut: whole key/value heads with all query heads
+    that share them, or an equal part of what shares one."""
+    return [
+        number
+        for number in range(1, num_heads + 1)
+        if num_heads % number == 0 and (num_kv_heads % number == 0 or number % num_kv_heads == 0)
+    ]
+
+
 def expand_heads(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return (B, K, S, D) as (B, H, S, D): every key/value head once per query head that shares it."""
     groups = num_heads // tensor.shape[1]

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_llama.attention.core import AttentionCore, Gradients, sum_heads
+from sparse_llama.attention.core import AttentionCore, Gradients, head_shares, sum_heads
+from sparse_llama.config.section import alternatives
 from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.errors import ConfigError
 
@@ -97,15 +98,10 @@ def check_heads(num_heads: int, num_kv_heads: int, size: int, *, num_groups: int
     if num_heads % num_groups:
         return  # refused where the groups are made, with their own key
     heads, kv_heads = num_heads // num_groups, max(1, num_kv_heads // num_groups)
-    allowed = [
-        str(ranks)
-        for ranks in range(1, heads + 1)
-        if heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-    ]
-    if str(size) not in allowed:
-        listed = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
+    allowed = head_shares(heads, kv_heads)
+    if size not in allowed:
         grouped = "" if num_groups == 1 else f" of each of {num_groups} sparse_llama.memory.head_groups"
         raise ConfigError(
             f"sequence_parallel_size: {size} ranks cannot share query heads and key/value heads{grouped} "
-            f"evenly, {heads} and {kv_heads}; use {listed}"
+            f"evenly, {heads} and {kv_heads}; use {alternatives([*map(str, allowed)])}"
         )

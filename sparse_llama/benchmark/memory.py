@@ -281,14 +281,10 @@ def planned_bytes(book: MemoryBook, cell: MemoryCell) -> dict[str, int]:
     from transformers import LlamaConfig
 
     from sparse_llama.planning.estimate import estimate
-    from sparse_llama.training.out_of_memory import LIBRARIES
 
     run = book.probe_of(cell.contender, cell.num_tokens).run_of(ProbeCell(0, "none", cell.num_tokens))
     config = LlamaConfig.from_dict(base_config(book.shape))
-    made = estimate(run, config, device="cuda" if book.device == "cuda" else "cpu")
-    planned = {str(place): count for place, count in made.peak_bytes.items()}
-    planned["host"] -= made.components["host"].get(LIBRARIES, 0)
-    return planned
+    return estimate(run, config, device="cuda" if book.device == "cuda" else "cpu").run_bytes
 
 
 def plan_longest(book: MemoryBook, contender: Contender) -> int:

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from sparse_llama.benchmark.shapes import Shape
 from sparse_llama.distributed import ranks
 from sparse_llama.memory.offload_baseline import deepspeed_offload
 from sparse_llama.planning.probe import FITS, Outcome
-from sparse_llama.planning.probe_cell import apply_budget, failure, figures, take_steps, write_outcome
+from sparse_llama.planning.probe_cell import apply_budget, failure, figures, take_steps
 from sparse_llama.training.host_memory import private_bytes, resident_bytes
+from sparse_llama.training.metrics import write_json
 from sparse_llama.training.moment import BACKWARD, FORWARD, UPDATE, Moment
 
 
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument("order", type=Path)
     order = json.loads(parser.parse_args().order.read_text(encoding="utf-8"))
     outcome = run_other(order)
-    write_outcome(outcome, Path(order["results"][ranks.rank()]))
+    write_json(Path(order["results"][ranks.rank()]), asdict(outcome))
     ranks.finalize()
     if not outcome.fits:
         raise SystemExit(3)

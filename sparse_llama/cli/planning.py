@@ -115,12 +115,9 @@ def _hardware(arguments: argparse.Namespace, run: "Run") -> "Hardware":
     """Return the machine that the flags name; what they leave out is this one's."""
     from dataclasses import replace
 
-    from sparse_llama.planning.hardware import this_machine
+    from sparse_llama.planning.hardware import drive_of, this_machine
 
-    zero = run.deepspeed["zero_optimization"]
-    folders = [run.settings.memory.checkpoint_nvme_path]
-    folders += [zero.get(name, {}).get("nvme_path") for name in ("offload_param", "offload_optimizer")]
-    hardware = this_machine(next((folder for folder in folders if folder is not None), None))
+    hardware = this_machine(drive_of(run))
     given = {
         f"{place}_bytes": round(value * _GIB)
         for place in ("gpu", "host", "disk")

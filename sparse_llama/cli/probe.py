@@ -169,13 +169,10 @@ class _Measurer:
 
         from sparse_llama.distributed.ranks import device
         from sparse_llama.planning.estimate import estimate
-        from sparse_llama.training.out_of_memory import LIBRARIES
 
         kind = "cuda" if device().type == "cuda" else "cpu"
-        made = estimate(self._probe.run_of(cell), self._config, device=kind, ranks=self._probe.num_ranks)
-        planned = {str(place): count for place, count in made.peak_bytes.items()}
-        planned["host"] -= made.components["host"].get(LIBRARIES, 0)
-        return planned
+        run, num_ranks = self._probe.run_of(cell), self._probe.num_ranks
+        return estimate(run, self._config, device=kind, ranks=num_ranks).run_bytes
 
 
 def _identity(run: "Run", probe: "Probe") -> dict[str, Any]:

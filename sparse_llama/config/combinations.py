@@ -10,6 +10,7 @@ from sparse_llama.config.deepspeed import Document
 from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.mask_file import open_mask
 from sparse_llama.config.optimizer import OFFLOADABLE, ZERO_TESTED
+from sparse_llama.config.section import alternatives
 from sparse_llama.config.settings import AdapterSettings, Settings
 from sparse_llama.config.sparsity import MaskSparsity
 from sparse_llama.errors import ConfigError
@@ -56,10 +57,10 @@ def resolve_batch(document: Mapping[str, Any], world_size: int) -> dict[str, int
 def _check_groups(sharing: int, world_size: int) -> None:
     if world_size % sharing:
         allowed = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
-        listed = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
         raise ConfigError(
             f"sequence_parallel_size: {_processes(world_size)} cannot make groups of {sharing} that share "
-            f"their rows; start a multiple of {sharing} (deepspeed --num_gpus {sharing} ...), or use {listed}"
+            f"their rows; start a multiple of {sharing} (deepspeed --num_gpus {sharing} ...), or use "
+            f"{alternatives(allowed)}"
         )
 
 

@@ -7,7 +7,7 @@ key is usually the cause of a "missing" one.
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -135,6 +135,11 @@ def join_path(path: str, *parts: str | int) -> str:
 
 
 COMMENT_HINT = '; leave it out, or start it with "_" to make it a comment'
+
+
+def alternatives(words: Sequence[str]) -> str:
+    """Return ``1, 2 or 4`` of 1, 2 and 4."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def suggest(key: str, candidates: Iterable[str]) -> str:

@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 Item = TypeVar("Item")
 
+_JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+_JOB += ("MASTER_ADDR", "MASTER_PORT")  # variables of launchers, and ours
+
 
 def rank() -> int:
     """Return this process' number among all; 0 without a launcher."""
@@ -52,7 +55,7 @@ def initialize() -> None:
         torch.cuda.set_device(device())
     if "RANK" not in os.environ:
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     import deepspeed  # takes 2 s: only when a process group is needed
 
@@ -97,6 +100,12 @@ def broadcast_from_main(tensor: torch.Tensor) -> torch.Tensor:
     return same
 
 
+def environment_without_job() -> dict[str, str]:
+    """Return this process' environment without what makes it a part of its job: that of one which starts a
+    job of its own."""
+    return {name: value for name, value in os.environ.items() if name not in _JOB}
+
+
 def _share_cores() -> None:
     """Give every process of this host its share of the cores, unless the user has set the threads.
 
@@ -108,7 +117,8 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

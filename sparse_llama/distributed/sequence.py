@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from sparse_llama.distributed.dataless import holds_data
 from sparse_llama.distributed.ranks import rank
 
 
@@ -31,7 +32,7 @@ class SequenceParallel:
         sent = tensor.contiguous()
         received = torch.empty_like(sent)
         if self.group is None:
-            assert sent.device.type == "meta", "only a plan exchanges nothing"
+            assert not holds_data(sent), "only a plan exchanges nothing"
         else:
             dist.all_to_all_single(received, sent, group=self.group)
         return received
@@ -40,7 +41,10 @@ class SequenceParallel:
         """Return the ranks' (B, T / R) tensors side by side, (B, T)."""
         sent = tensor.contiguous()
         parts = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(parts, sent, group=self.group)
+        if self.group is None:
+            assert not holds_data(sent), "only a plan gathers nothing"
+        else:
+            dist.all_gather(parts, sent, group=self.group)
         return torch.cat(parts, dim=1)
 
 

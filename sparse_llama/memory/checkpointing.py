@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_llama.config.deepspeed import ActivationCheckpointing
+from sparse_llama.distributed.dataless import holds_data
 from sparse_llama.memory.nested import LayerInputs
-from sparse_llama.memory.offload import HostOffload, OffloadEngine, holds_data
+from sparse_llama.memory.offload import HostOffload, OffloadEngine
 from sparse_llama.memory.offload_drive import DriveOffload
 
 _FUNCTION = "_gradient_checkpointing_func"

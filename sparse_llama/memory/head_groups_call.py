@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from sparse_llama.adapters.linear_parts import LinearParts, linear_parts
-from sparse_llama.attention.core import AttentionCore
+from sparse_llama.attention.core import AttentionCore, head_shares
 from sparse_llama.attention.tile_loop import row_tiles
 from sparse_llama.errors import ConfigError
 from sparse_llama.memory.head_groups_parts import Norm, Prompt
@@ -45,11 +45,7 @@ def make_groups(config: LlamaConfig, num_groups: int) -> tuple[Group, ...]:
     """
     num_heads = config.num_attention_heads
     num_kv_heads = config.num_key_value_heads or num_heads
-    allowed = [
-        number
-        for number in range(1, num_heads + 1)
-        if num_heads % number == 0 and (num_kv_heads % number == 0 or number % num_kv_heads == 0)
-    ]
+    allowed = head_shares(num_heads, num_kv_heads)
     if num_groups not in allowed:
         raise ConfigError(
             f"sparse_llama.memory.head_groups: {num_groups} groups cannot share {num_heads} query heads over "

@@ -37,7 +37,6 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from sparse_llama.memory.offload_host import HostBuffer
 from sparse_llama.memory.offload_slots import Lease, Slots
@@ -52,11 +51,6 @@ def host_bytes_for(tensor_bytes: int, count: int) -> int:
     pages: at most 8 KiB more per tensor.)
     """
     return tensor_bytes * count
-
-
-def holds_data(tensor: torch.Tensor) -> bool:
-    """Return whether there are bytes to move: none behind a fake tensor, nor on the device ``meta``."""
-    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
 class Transfer(Protocol):

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from sparse_llama.distributed.dataless import holds_data
 from sparse_llama.errors import OffloadError
-from sparse_llama.memory.offload import OffloadEngine, Transfer, holds_data
+from sparse_llama.memory.offload import OffloadEngine, Transfer
 from sparse_llama.memory.offload_host import HostBuffer
 from sparse_llama.memory.offload_slots import Lease, Slots
 from sparse_llama.memory.offload_stream import Copied, SideStream

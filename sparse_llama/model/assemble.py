@@ -28,7 +28,7 @@ from sparse_llama.attention.interface import AttentionPlan, attach_attention, pl
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.rope import FixedRopeParameters
-from sparse_llama.config.settings import AdapterSettings, Settings
+from sparse_llama.config.settings import AdapterSettings, MemorySettings, Settings
 from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.errors import CheckpointError, ConfigError, ModelError
@@ -39,6 +39,8 @@ from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import load_llama, read_config, read_config_json
 from sparse_llama.model.rope import Positions, describe_positions, run_positions
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the word of a run's precision."""
 MODELLING_CODE = Path(__file__).parent / "exported" / "modeling_sparse_llama.py"
 
 
@@ -103,30 +105,60 @@ def assemble(
         seed=settings.seed,
         zero3_config=zero3_config,
     )
-    plan = plan_attention(
-        layouts.resolve(loaded.model.config.num_hidden_layers),
-        num_heads=loaded.model.config.num_attention_heads,
-        master_length=settings.attention.master_length or settings.seq_length,
-        seed=settings.seed,
-        backend=settings.attention.backend,
-        sequence=sequence,
-    )
+    plan = plan_of_run(settings, layouts, loaded.model.config, sequence=sequence)
     adapter, start, notices = settings.adapter, None, (*loaded.notices, *positions.notices)
     if settings.training.init_adapter is not None:
         stored = _read_start(settings, base, positions, layouts)
         adapter, start, notices = stored.file.adapter, stored.tensors, (*notices, *stored.notices)
-    attach_attention(loaded.model, plan)
-    attach_adapters(loaded.model, adapter, seed=settings.seed, dtype=dtype)
-    tile_layers(loaded.model, settings.memory)
-    group_heads(loaded.model, settings.memory)
-    said = checkpoint_layers(
-        loaded.model,
-        checkpointing,
-        first_trained_layer(loaded.model),
-        nvme_path=settings.memory.checkpoint_nvme_path,
+    said = add_parts(
+        loaded.model, plan, adapter, settings.memory, checkpointing, seed=settings.seed, dtype=dtype
     )
     rope = positions.rope_parameters
     return Assembled(loaded.model, plan, adapter, start, loaded.folder, rope, (*notices, *said))
+
+
+def plan_of_run(
+    settings: Settings,
+    layouts: LayerSparsities,
+    config: LlamaConfig,
+    *,
+    num_tokens: int | None = None,
+    sequence: SequenceParallel | None = None,
+) -> AttentionPlan:
+    """Return which layer of a run's model attends by which layout.
+
+    Args:
+        num_tokens: of the longest document; None is the run's ``seq_length``.
+        sequence: the ranks that share each row.
+    """
+    return plan_attention(
+        layouts.resolve(config.num_hidden_layers),
+        num_heads=config.num_attention_heads,
+        master_length=max(settings.attention.master_length or 0, num_tokens or settings.seq_length),
+        seed=settings.seed,
+        backend=settings.attention.backend,
+        sequence=sequence,
+    )
+
+
+def add_parts(
+    model: LlamaForCausalLM,
+    plan: AttentionPlan,
+    adapter: AdapterSettings,
+    memory: MemorySettings,
+    checkpointing: ActivationCheckpointing | None,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[str, ...]:
+    """Put everything onto a base that a run of it trains with; return what the user has to be told."""
+    attach_attention(model, plan)
+    attach_adapters(model, adapter, seed=seed, dtype=dtype)
+    tile_layers(model, memory)
+    group_heads(model, memory)
+    return checkpoint_layers(
+        model, checkpointing, first_trained_layer(model), nvme_path=memory.checkpoint_nvme_path
+    )
 
 
 def open_model(

@@ -9,10 +9,11 @@ from transformers import LlamaConfig
 
 from sparse_llama.config.run import Run
 from sparse_llama.planning.estimate import Estimate, estimate
-from sparse_llama.planning.hardware import GPU_RESERVE_BYTES, Hardware, this_machine
+from sparse_llama.planning.hardware import GPU_RESERVE_BYTES, Hardware, drive_of, this_machine
 from sparse_llama.planning.quick import Change, smallest_changes
+from sparse_llama.training.held import LIBRARIES
 from sparse_llama.training.moment import FORWARD
-from sparse_llama.training.out_of_memory import LIBRARIES, Shortage
+from sparse_llama.training.out_of_memory import Shortage
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def advise_apart(run: Run, config: LlamaConfig, shortage: Shortage, ranks: int =
     Raises:
         Exception: as the process ended.
     """
-    hardware = this_machine(_nvme_folder(run))
+    hardware = this_machine(drive_of(run))
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as apart:
         return apart.submit(advise, run, config, hardware, shortage, ranks).result()
 
@@ -63,16 +64,15 @@ def corrected(
     """
     place = shortage.place
     on_gpu = place == "gpu"
-    fixed = 0 if on_gpu else planned.components[place].get(LIBRARIES, 0)
     own = GPU_RESERVE_BYTES if on_gpu else shortage.held.get(LIBRARIES, 0)
     needed = max(shortage.held_bytes + (shortage.asked_bytes or 0) - own, 1)
     limit = max((shortage.limit_bytes or shortage.held_bytes) - own, 0)
-    most = planned.peak_bytes[place] - fixed
+    most = planned.run_bytes[place]
     excess = max(needed / max(most * _share_done(run, num_layers, shortage), 1), 1.0)
     usable = min(int(min(limit, needed) / excess), most - 1)
     if on_gpu:
         return replace(hardware, gpu_bytes=usable + GPU_RESERVE_BYTES)
-    return replace(hardware, host_bytes=usable + fixed)
+    return replace(hardware, host_bytes=usable + planned.peak_bytes[place] - most)
 
 
 def _share_done(run: Run, num_layers: int, shortage: Shortage) -> float:
@@ -83,10 +83,3 @@ def _share_done(run: Run, num_layers: int, shortage: Shortage) -> float:
     if shortage.phase != FORWARD or not keeps or layer is None:
         return 1.0
     return (int(layer[1]) + 1) / num_layers
-
-
-def _nvme_folder(run: Run) -> str | None:
-    zero = run.deepspeed["zero_optimization"]
-    paths = [run.settings.memory.checkpoint_nvme_path]
-    paths += [zero.get(name, {}).get("nvme_path") for name in ("offload_optimizer", "offload_param")]
-    return next((path for path in paths if path), None)

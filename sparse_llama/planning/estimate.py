@@ -17,6 +17,7 @@ from sparse_llama.planning.phases import Alive, Phase, add, size_of
 from sparse_llama.planning.planned_step import PlannedStep, make_batch, plan_step
 from sparse_llama.planning.tracker import Place
 from sparse_llama.planning.zero import ZeroMemory, tensor, zero_memory
+from sparse_llama.training.held import LIBRARIES
 
 __all__ = ["LIBRARY_BYTES", "Estimate", "LiveTensor", "Place", "Traffic", "estimate"]
 
@@ -65,10 +66,18 @@ class Estimate:
     phase: str
     """When: load, forward of layer i, loss, backward of layer i, or optimizer."""
     saved_bytes_per_token_and_layer: float
-    """What a trained layer keeps for its backward pass, wherever it is kept; the mean over trained layers."""
+    """What a trained layer keeps for its backward pass, wherever it is kept; the median of trained layers."""
     traffic_bytes: Traffic
     flops: float
     """Of one optimizer step of one rank; attention by the density of its layout."""
+
+    @property
+    def run_bytes(self) -> dict[str, int]:
+        """The peaks by place without what a process holds before it has a model."""
+        return {
+            place: count - self.components[place].get(LIBRARIES, 0)
+            for place, count in self.peak_bytes.items()
+        }
 
 
 def estimate(
@@ -135,7 +144,7 @@ def _highest(moments: list[_Moment], place: Place) -> _Moment:
 
 
 def _moments(run: Run, step: PlannedStep, memory: ZeroMemory, library_bytes: int) -> list[_Moment]:
-    libraries = tensor("host", "libraries", "torch, transformers, DeepSpeed", library_bytes)
+    libraries = tensor("host", LIBRARIES, "torch, transformers, DeepSpeed", library_bytes)
     always = add(
         memory.always, memory.weights, libraries, tensor("disk", "layer inputs", "layers", step.drive_bytes)
     )

@@ -1,6 +1,6 @@
 """One micro-step of a run's model without its data: the very model code, and a journal of what it allocates.
 
-The model is made in the order of ``model.assemble``; no file but the configuration is read. Only what depends
+The model is put together by ``model.assemble``; no file but the configuration is read. Only what depends
 on data is given: which tokens are labelled, and where documents lie.
 """
 
@@ -13,16 +13,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_llama.adapters.attach import attach_adapters, first_trained_layer
+from sparse_llama.adapters.attach import first_trained_layer
 from sparse_llama.attention.documents import Documents
-from sparse_llama.attention.interface import AttentionPlan, attach_attention
+from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.attention.tile_loop import sampled_tiles
 from sparse_llama.attention.workspace import OPERATOR_WORKSPACES
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.config.settings import AdapterSettings, MemorySettings
-from sparse_llama.memory.checkpointing import checkpoint_layers, offload_engine
-from sparse_llama.memory.head_groups import group_heads
-from sparse_llama.memory.tiles import tile_layers
+from sparse_llama.memory.checkpointing import offload_engine
+from sparse_llama.model.assemble import add_parts
 from sparse_llama.model.objective import TokenLoss
 from sparse_llama.planning.cpu_temporaries import CPU_TEMPORARIES
 from sparse_llama.planning.labels import label_modules
@@ -136,13 +135,16 @@ def _make_model(shape: StepShape, tracker: MemoryTracker) -> tuple[LlamaForCausa
     finally:
         torch.set_default_dtype(before)
     base = dict(model.named_parameters())
-    attach_attention(model, shape.attention)
     with tracker.labelled("adapters"):
-        attach_adapters(model, shape.adapter, dtype=shape.dtype)
-    tile_layers(model, shape.memory)
-    group_heads(model, shape.memory)
-    drive = shape.memory.checkpoint_nvme_path
-    checkpoint_layers(model, shape.checkpointing, first_trained_layer(model), nvme_path=drive)
+        add_parts(
+            model,
+            shape.attention,
+            shape.adapter,
+            shape.memory,
+            shape.checkpointing,
+            seed=0,
+            dtype=shape.dtype,
+        )
     for name, parameter in model.named_parameters():
         component = "adapters" if parameter.requires_grad else "weights"
         tracker.relabel(parameter, component, _without_index(name))

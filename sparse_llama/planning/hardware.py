@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from sparse_llama.config.run import Run
 from sparse_llama.distributed.ranks import device
 from sparse_llama.training.host_memory import private_bytes, private_limit_bytes, resident_bytes
 
@@ -46,11 +47,19 @@ def this_machine(folder: str | None = None) -> Hardware:
     """Return what is free for a run on this machine, in this process and those beside it.
 
     Args:
-        folder: that the run offloads to; None where it does not.
+        folder: that the run offloads to (``drive_of``); None is none.
     """
     where = device()
     gpu_bytes = None if where.type == "cpu" else torch.cuda.get_device_properties(where).total_memory
     return Hardware(gpu_bytes, available_host_bytes(), _free_disk_bytes(folder), is_this_machine=True)
+
+
+def drive_of(run: Run) -> str | None:
+    """Return the folder that the run offloads to; None where it does not."""
+    zero = run.deepspeed["zero_optimization"]
+    folders = [run.settings.memory.checkpoint_nvme_path]
+    folders += [zero.get(name, {}).get("nvme_path") for name in ("offload_param", "offload_optimizer")]
+    return next((folder for folder in folders if folder), None)
 
 
 def available_host_bytes() -> int:

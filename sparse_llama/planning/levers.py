@@ -7,10 +7,9 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from sparse_llama.attention.core import head_shares
 from sparse_llama.config.run import Run
 from sparse_llama.config.settings import MemorySettings
-from sparse_llama.errors import ConfigError
-from sparse_llama.memory.head_groups_call import make_groups
 
 TILE = 2048
 """Tokens of a tile: large enough to keep matrix products efficient, 0.8 GB of logits at V = 32,000."""
@@ -147,25 +146,26 @@ def number_checkpoints(every: int, num_trained: int) -> Lever:
 def smaller_micro_batch(run: Run) -> Lever | None:
     """Return the lever of half the micro-batch and twice the accumulation, or of the largest smaller
     micro-batch that divides; None where it is one row already. The rows of a step stay the same."""
-    micro, accumulation = run.micro_batch_size, run.gradient_accumulation_steps
+    micro = run.micro_batch_size
     smaller = next((size for size in range(micro // 2, 0, -1) if micro % size == 0), None)
     if smaller is None:
         return None
-    accumulation *= micro // smaller
-    return Lever(
-        f"micro-batch {smaller}",
-        f"micro-batches of {rows(smaller)}, {accumulation} to a step; costs time below about 2,048 tokens",
-        {"train_micro_batch_size_per_gpu": smaller, "gradient_accumulation_steps": accumulation},
-        ("--micro_batch_size", str(smaller)),
-    )
+    return _micro_batches(run, smaller)
 
 
 def one_row(run: Run) -> Lever:
     """Return the lever of micro-batches of one row, and as many to a step as there were rows."""
-    rows = run.micro_batch_size * run.gradient_accumulation_steps
-    keys = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": rows}
-    sentence = f"micro-batches of 1 row, {rows} to a step; costs time below about 2,048 tokens"
-    return Lever("micro-batch 1", sentence, keys, ("--micro_batch_size", "1"))
+    return _micro_batches(run, 1)
+
+
+def _micro_batches(run: Run, size: int) -> Lever:
+    accumulation = run.micro_batch_size * run.gradient_accumulation_steps // size
+    return Lever(
+        f"micro-batch {size}",
+        f"micro-batches of {rows(size)}, {accumulation} to a step; costs time below about 2,048 tokens",
+        {"train_micro_batch_size_per_gpu": size, "gradient_accumulation_steps": accumulation},
+        ("--micro_batch_size", str(size)),
+    )
 
 
 def rows(count: int) -> str:
@@ -211,16 +211,10 @@ def num_trained_layers(run: Run, config: LlamaConfig) -> int:
 def group_counts(config: LlamaConfig) -> tuple[int, ...]:
     """Return in how many groups of heads a layer of this model is proposed to be computed: 4 and 8, or 2
     where 4 is too many; none where it has one head."""
-    counts = [count for count in (2, 4, 8) if _can_group(config, count)]
+    num_heads = config.num_attention_heads
+    allowed = head_shares(num_heads, config.num_key_value_heads or num_heads)
+    counts = [count for count in (2, 4, 8) if count in allowed]
     return tuple(counts[-2:] if counts[-1:] == [8] else counts[-1:])
-
-
-def _can_group(config: LlamaConfig, count: int) -> bool:
-    try:
-        make_groups(config, count)
-    except ConfigError:
-        return False
-    return True
 
 
 def ladder(device: str, config: LlamaConfig, num_trained: int) -> tuple[Rung, ...]:

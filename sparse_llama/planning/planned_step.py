@@ -5,21 +5,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import LlamaConfig
 
 from sparse_llama.attention.documents import Documents, Group, whole_rows
-from sparse_llama.attention.interface import AttentionPlan, plan_attention
+from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.run import Run
 from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.memory.checkpointing import inputs_every
+from sparse_llama.model.assemble import DTYPES, plan_of_run
 from sparse_llama.planning.fake_step import StepShape, Trace, run_step
 from sparse_llama.planning.phases import Alive, Phase, compose, cut_into_phases
 from sparse_llama.planning.prepared_attention import attention_flops
 from sparse_llama.planning.sample import Sample, choose_layers
 from sparse_llama.planning.zero import Parameter
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BACKWARD_PASSES = 2.5
+"""Of attention, in forward passes: five products over the pairs of tokens where that has two."""
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}  # others read positions, and allocate as much
 
 
@@ -92,14 +93,8 @@ def plan_step(run: Run, config: LlamaConfig, device: str, batch: Batch) -> Plann
     """
     settings, documents = run.settings, batch.documents
     ranks = run.sequence_parallel_size
-    plan = plan_attention(
-        run.layouts.resolve(config.num_hidden_layers),
-        num_heads=config.num_attention_heads,
-        master_length=max(settings.attention.master_length or 0, documents.longest),
-        seed=settings.seed,
-        backend=settings.attention.backend,
-        sequence=None if ranks == 1 else _SilentRanks(ranks, 0),
-    )
+    sequence = None if ranks == 1 else SequenceParallel(ranks, 0)
+    plan = plan_of_run(settings, run.layouts, config, num_tokens=documents.longest, sequence=sequence)
     sample = choose_layers(settings.adapter, run.checkpointing, plan.layers)
     few = config.to_dict() | {"num_hidden_layers": len(sample.layers), "rope_parameters": _ROPE}
     trace = run_step(
@@ -109,7 +104,7 @@ def plan_step(run: Run, config: LlamaConfig, device: str, batch: Batch) -> Plann
             memory=settings.memory,
             checkpointing=sample.checkpointing,
             attention=replace(plan, layers=tuple(plan.layers[index] for index in sample.layers)),
-            dtype=_DTYPES[run.precision],
+            dtype=DTYPES[run.precision],
             documents=documents,
             num_labelled=batch.num_labelled // ranks,
             target="meta" if device == "cuda" else "cpu",
@@ -118,14 +113,15 @@ def plan_step(run: Run, config: LlamaConfig, device: str, batch: Batch) -> Plann
     return _complete(run, config, batch, plan, sample, trace)
 
 
-class _SilentRanks(SequenceParallel):
-    """Ranks that say nothing: memory for what they would send."""
-
-    def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(tensor.contiguous())
-
-    def gather_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor] * self.size, dim=1)
+def forward_passes(run: Run, num_trained: int) -> float:
+    """Return how often each of the ``num_trained`` layers that train runs forward in a micro-step: again
+    under a checkpoint or in head groups, and once more where its input was not kept."""
+    block = run.checkpointing
+    passes = 1.0 if block is None and run.settings.memory.head_groups is None else 2.0
+    if block is not None:
+        every = inputs_every(num_trained, block.number_checkpoints)
+        passes += (every - 1) / every
+    return passes
 
 
 def _complete(
@@ -145,9 +141,7 @@ def _complete(
     checkpointing, ranks = run.checkpointing, run.sequence_parallel_size
     every = 1 if checkpointing is None else inputs_every(num_trained, checkpointing.number_checkpoints)
     times = -(-num_trained // every) / -(-num_run // every)  # checkpoints, of all layers and of the few
-    recomputes = checkpointing is not None or run.settings.memory.head_groups is not None
-    # the backward pass is five products over the pairs of tokens where the forward pass is two
-    passes = 3.5 + (1 if recomputes else 0) + (every - 1) / every
+    passes = forward_passes(run, num_trained) + BACKWARD_PASSES
     flops = attention_flops(plan, batch.documents, config)
     return PlannedStep(
         compose(cut_into_phases(trace.journal), sample.traced_of, others),

@@ -8,7 +8,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,20 +17,12 @@ from typing import Any, Literal
 
 from sparse_llama.config.flags import Overrides
 from sparse_llama.config.run import Run, load_run
+from sparse_llama.distributed.ranks import environment_without_job, free_port
 from sparse_llama.errors import ConfigError
+from sparse_llama.training.metrics import write_json
 
 FITS, OUT_OF_MEMORY, NOT_APPLICABLE, CRASHED = "fits", "out of memory", "not applicable", "crashed"
 Status = Literal["fits", "out of memory", "not applicable", "crashed"]
-_LAUNCHERS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "LOCAL_SIZE",
-    "CROSS_RANK",
-    "CROSS_SIZE",
-)
-_LAUNCHERS += ("MASTER_ADDR", "MASTER_PORT")
 _MEASURED = "sparse_llama.planning.probe_cell"
 
 
@@ -168,7 +159,7 @@ class Probe:
         self.save()
 
     def save(self) -> None:
-        """Write the file in one rename, so that a reader never sees half of it."""
+        """Write the file."""
         content = {
             "run": self._identity,
             "cells": [asdict(cell) | asdict(outcome) for cell, outcome in self.outcomes.items()],
@@ -177,9 +168,7 @@ class Probe:
                 for (stage, offload), length in self.longest.items()
             ],
         }
-        unfinished = self.file.with_suffix(".json.tmp")
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(self.file)
+        write_json(self.file, content)
 
 
 def measure(probe: Probe, cell: Cell) -> Outcome:
@@ -208,7 +197,7 @@ def run_module(module: str, name: str, folder: Path, order: Mapping[str, Any], n
     with log.open("w", encoding="utf-8") as output:
         status = subprocess.run(
             [*launcher_command(num_ranks), "--module", module, str(file)],
-            env=_environment(),
+            env=environment_without_job(),
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
@@ -232,12 +221,9 @@ def launcher_command(num_ranks: int) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     numbers = [int(word) for word in visible.split(",") if word.strip().isdigit()] or list(range(num_ranks))
     world = base64.urlsafe_b64encode(json.dumps({"localhost": numbers[:num_ranks]}).encode()).decode()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return [
         *(sys.executable, "-m", "deepspeed.launcher.launch"),
-        *(f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={port}"),
+        *(f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"),
     ]
 
 
@@ -253,11 +239,6 @@ def _order(probe: Probe, cell: Cell) -> dict[str, Any]:
         "num_steps": probe.num_steps,
         "counts_tensors": probe.counts_tensors,
     }
-
-
-def _environment() -> dict[str, str]:
-    """Return this process' environment without what a launcher has put there."""
-    return {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
 
 
 def _short(message: str, config_path: Path | None) -> str:

@@ -38,6 +38,7 @@ from sparse_llama.training.host_memory import (
     resident_bytes,
 )
 from sparse_llama.training.libraries import load_libraries
+from sparse_llama.training.metrics import write_json
 from sparse_llama.training.moment import Moment
 from sparse_llama.training.out_of_memory import describe, is_out_of_memory
 from sparse_llama.training.session import start_model
@@ -225,13 +226,6 @@ def _now_s() -> float:
     return time.perf_counter()
 
 
-def write_outcome(outcome: Outcome, path: Path) -> None:
-    """Leave ``outcome`` for the process that waits for it, in one rename."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-    unfinished.replace(path)
-
-
 def main() -> None:
     """Measure what the file on the command line says, and write what was found beside it."""
     parser = argparse.ArgumentParser()
@@ -239,7 +233,7 @@ def main() -> None:
     parser.add_argument("order", type=Path)
     order = read_order(parser.parse_args().order)
     outcome = run_cell(order)
-    write_outcome(outcome, order.results[ranks.rank()])
+    write_json(order.results[ranks.rank()], asdict(outcome))
     ranks.finalize()
     if not outcome.fits:
         raise SystemExit(3)

@@ -10,9 +10,9 @@ from transformers import LlamaConfig
 
 from sparse_llama.config.run import Run
 from sparse_llama.memory.checkpointing import inputs_every
-from sparse_llama.planning.estimate import Estimate, Place
+from sparse_llama.planning.estimate import LIBRARY_BYTES, Estimate, Place
 from sparse_llama.planning.estimate import estimate as estimate_step
-from sparse_llama.planning.hardware import GIB, Hardware
+from sparse_llama.planning.hardware import Hardware
 from sparse_llama.planning.levers import (
     STREAMED,
     Lever,
@@ -30,9 +30,6 @@ from sparse_llama.planning.levers import (
 from sparse_llama.planning.search import PLACES, Estimator, Planner, at_length
 from sparse_llama.planning.shapes import head_widths, linear_outputs
 from sparse_llama.reporting.tables import format_bytes
-
-PROCESS_BYTES = 3 * GIB // 2
-"""Of a process with torch, transformers and DeepSpeed imported, and a data set; taken generously."""
 
 
 @dataclass(frozen=True)
@@ -243,4 +240,4 @@ def upper_bound_bytes(run: Run, config: LlamaConfig, hardware: Hardware, ranks: 
     step = tokens * (num_layers * kept + passing) + scores
     # weights twice: once as they are read, once where they stay; masters, gradients and two moments in fp32
     one = 2 * weights * size + 32 * adapted + step
-    return ranks * (one + PROCESS_BYTES)
+    return ranks * (one + LIBRARY_BYTES["cuda"])  # the larger: a data set is in memory too

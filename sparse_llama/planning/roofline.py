@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from transformers import LlamaConfig
 
 from sparse_llama.attention.documents import whole_rows
-from sparse_llama.attention.interface import AttentionPlan, plan_attention
+from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.run import Run
-from sparse_llama.memory.checkpointing import inputs_every
+from sparse_llama.model.assemble import plan_of_run
 from sparse_llama.planning.estimate import Estimate
+from sparse_llama.planning.planned_step import BACKWARD_PASSES, forward_passes
 from sparse_llama.planning.prepared_attention import attention_flops
 from sparse_llama.planning.shapes import head_widths, linear_outputs
 from sparse_llama.reporting.rates import Rates
-
-_BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,7 @@ def step_time(run: Run, config: LlamaConfig, made: Estimate, rates: Rates) -> St
 
 def plan_of(run: Run, config: LlamaConfig) -> AttentionPlan:
     """Return which layer attends by which layout, at the run's length."""
-    return plan_attention(
-        run.layouts.resolve(config.num_hidden_layers),
-        num_heads=config.num_attention_heads,
-        master_length=run.settings.attention.master_length or run.settings.seq_length,
-        seed=run.settings.seed,
-    )
+    return plan_of_run(run.settings, run.layouts, config)
 
 
 def _attention(run: Run, config: LlamaConfig, rates: Rates) -> tuple[float, float]:
@@ -85,25 +79,14 @@ def _attention(run: Run, config: LlamaConfig, rates: Rates) -> tuple[float, floa
     first = trained.start if len(trained) > 0 else num_layers
     rows = run.micro_batch_size * run.gradient_accumulation_steps
     each = attention_flops(plan, whole_rows(rows, run.settings.seq_length), config)
-    repeated = _forward_passes(run, num_layers - first)
+    repeated = forward_passes(run, num_layers - first)
     flops = seconds = 0.0
     for layer, (master, one_pass) in enumerate(zip(plan.layers, each, strict=True)):
         forward, backward = rates.dense if master is None else rates.sparse
-        passes, products = (repeated, _BACKWARD) if layer >= first else (1.0, 0.0)
+        passes, products = (repeated, BACKWARD_PASSES) if layer >= first else (1.0, 0.0)
         flops += one_pass * (passes + products)
         seconds += one_pass * (passes / forward + products / backward)
     return flops / run.sequence_parallel_size, seconds / run.sequence_parallel_size
-
-
-def _forward_passes(run: Run, num_trained: int) -> float:
-    """Return how often a trained layer runs forward: again under a checkpoint or in head groups, and once
-    more where its input was not kept."""
-    block = run.checkpointing
-    passes = 1.0 if block is None and run.settings.memory.head_groups is None else 2.0
-    if block is not None:
-        every = inputs_every(num_trained, block.number_checkpoints)
-        passes += (every - 1) / every
-    return passes
 
 
 def _elementwise_bytes(run: Run, config: LlamaConfig) -> float:
@@ -121,5 +104,5 @@ def _elementwise_bytes(run: Run, config: LlamaConfig) -> float:
     scale = 2 if run.precision == "fp32" else 1
     rows = run.micro_batch_size * run.gradient_accumulation_steps / run.sequence_parallel_size
     trained = len(run.settings.adapter.adapted_layers(config.num_hidden_layers))
-    passes = (config.num_hidden_layers - trained) + trained * (_forward_passes(run, trained) + 2)
+    passes = (config.num_hidden_layers - trained) + trained * (forward_passes(run, trained) + 2)
     return scale * per_token * rows * run.settings.seq_length * passes

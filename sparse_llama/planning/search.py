@@ -82,7 +82,7 @@ class Planner:
 
     def step(self, run: Run) -> int:
         """Return what lengths are multiples of: every layout's block, on every sequence-parallel rank."""
-        return math.lcm(_STEP, run.layouts.align) * run.deepspeed.get("sequence_parallel_size", 1)
+        return math.lcm(_STEP, run.layouts.align) * run.sequence_parallel_size
 
     def _most_tokens(self, run: Run) -> int:
         """Return where a search ends: a mask from a file is as large as it is."""

@@ -10,6 +10,8 @@ from torch import nn
 from sparse_llama.training.masters import optimizer_tensors
 
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "adapters", "gradients", "optimizer"
+LIBRARIES = "libraries"
+"""What a process holds before it has a model."""
 
 
 def held_bytes(model: nn.Module, engine: Any, device_type: str) -> dict[str, int]:

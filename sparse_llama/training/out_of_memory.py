@@ -25,11 +25,11 @@ from sparse_llama.evaluation.exact_match import exact_match
 from sparse_llama.generation import generate_batch
 from sparse_llama.model.assemble import assemble
 from sparse_llama.training.engine import start_engine
-from sparse_llama.training.held import held_bytes
+from sparse_llama.training.held import LIBRARIES, held_bytes
 from sparse_llama.training.host_memory import private_bytes, private_limit_bytes, resident_bytes
 from sparse_llama.training.moment import Moment
 
-LIBRARIES, REST = "libraries", "activations and the rest"
+REST = "activations and the rest"
 _CPU = re.compile(
     r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory): you tried to allocate (\d+)"
 )

@@ -24,7 +24,7 @@ from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokeni
 from sparse_llama.distributed import ranks
 from sparse_llama.distributed.sequence import join_sequence_group
 from sparse_llama.generation import encode_prompt, longest_sequence
-from sparse_llama.model.assemble import Assembled, assemble
+from sparse_llama.model.assemble import DTYPES, Assembled, assemble
 from sparse_llama.model.checks import check_logits
 from sparse_llama.model.files import resolve_model
 from sparse_llama.model.llama import read_config
@@ -33,8 +33,6 @@ from sparse_llama.model.rope import run_positions
 from sparse_llama.training.checkpoint import check_tensors
 from sparse_llama.training.engine import engine_config, start_engine
 from sparse_llama.training.masters import write_masters
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

@@ -62,11 +62,11 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def a100_run(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file for the 40 GB GPU, with model, data and size overridden, on one CPU process."""
     output_dir = tmp_path_factory.mktemp("a100") / "run"
-    from sparse_llama.distributed.ranks import _free_port
+    from sparse_llama.distributed.ranks import free_port
 
     flags = ["--model", "bundled:tiny-llama", "--dataset", str(people), "--seq_length", "384", "--steps", "1"]
     done = launch(
-        _free_port(), "--ds_config", "ds_configs/a100_40g.json", *flags, "--output_dir", str(output_dir)
+        free_port(), "--ds_config", "ds_configs/a100_40g.json", *flags, "--output_dir", str(output_dir)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return output_dir
