@@ -69,11 +69,11 @@ def probe_memory(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
     run = load_run(arguments.ds_config, overrides(arguments), arguments.ranks, is_main=False)
 
-    from sparse_llama.cli.training import base_config  # seconds: torch, transformers
     from sparse_llama.planning.probe import Cell, Probe
     from sparse_llama.planning.probe_report import show_longest, show_probe
+    from sparse_llama.planning.shapes import find_base
 
-    config = base_config(run)
+    config = find_base(run.settings.model).config
     folder = arguments.folder or Path("runs") / f"{run.name}_probe"
     make_folder(folder)
     has_rope = run.settings.model.rope_parameters is not None

@@ -9,8 +9,6 @@ from sparse_llama.cli.flags import Parser, add_run_flags, overrides, parser
 from sparse_llama.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
     from sparse_llama.config.run import Run
     from sparse_llama.training.out_of_memory import Shortage
 
@@ -67,8 +65,10 @@ def train(arguments: argparse.Namespace) -> None:
 def _refuse_what_cannot_fit(run: "Run") -> None:
     from sparse_llama.planning.hardware import this_machine
     from sparse_llama.planning.quick import check_fits
+    from sparse_llama.planning.shapes import find_base
 
-    refusal = check_fits(run, base_config(run), this_machine(), world_size())
+    config = find_base(run.settings.model).config  # a plan needs no weights, nor their download
+    refusal = check_fits(run, config, this_machine(), world_size())
     if refusal is not None:
         raise ConfigError(f"{run.name}: {refusal.message}; --ignore_plan starts it anyway")
 
@@ -81,12 +81,14 @@ def _act(run: "Run", shortage: "Shortage", arguments: argparse.Namespace) -> Non
     """
     from sparse_llama.cli.out_of_memory import MOST_RETRIES, explain, restart, told_change
     from sparse_llama.planning.advice import advise_apart
+    from sparse_llama.planning.shapes import find_base
     from sparse_llama.training.retries import add_retry
 
     rank = f" (rank {shortage.rank})" if world_size() > 1 else ""
     print(f"out of memory{rank}; working out what would fit ...", file=sys.stderr, flush=True)
     try:
-        advice = advise_apart(run, base_config(run), shortage, world_size())
+        config = find_base(run.settings.model).config
+        advice = advise_apart(run, config, shortage, world_size())
     except Exception as error:  # of another process, whatever it was; what ran out here is said all the same
         reason = f"what would fit could not be worked out: {type(error).__name__}: {error}"
         raise OutOfMemoryError(explain(shortage, None, (), reason=reason)) from None
@@ -104,11 +106,3 @@ def _act(run: "Run", shortage: "Shortage", arguments: argparse.Namespace) -> Non
         add_retry(run.output_dir, shortage, change=first.sentence, flags=list(first.flags))
         restart(run, shortage, first, number)
     raise OutOfMemoryError(explain(shortage, advice.planned, advice.changes, reason=reason))
-
-
-def base_config(run: "Run") -> "LlamaConfig":
-    """Return the configuration of a run's base; of its files only that one is read."""
-    from sparse_llama.model.files import resolve_model
-    from sparse_llama.model.llama import read_config
-
-    return read_config(resolve_model(run.settings.model.path, run.settings.model.revision))
