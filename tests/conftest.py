@@ -1,7 +1,6 @@
 """What tests share: tiny models, a free port, a process of its own; everything on the CPU and offline."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
+from rank_processes import process_environment
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparse_llama.distributed import ranks
 
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
@@ -58,16 +60,10 @@ def tiny_llama(tiny_config: Callable[..., LlamaConfig]) -> Callable[..., LlamaFo
     return make
 
 
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 def free_port() -> int:
     """Return a TCP port that nothing listens on."""
-    return find_free_port()
+    return ranks.free_port()
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +74,13 @@ def run_python() -> Callable[..., str]:
     """
 
     def run(source: str, *arguments: str, timeout_s: float = 120) -> str:
-        environment = os.environ | {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(find_free_port()),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-        }
+        environment = process_environment(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(ranks.free_port()),
+        )
         done = subprocess.run(
             [sys.executable, "-c", source, *arguments],
             env=environment,

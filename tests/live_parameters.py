@@ -6,38 +6,24 @@ For every cell, as ``profiled_steps.py`` has them, prints a line of JSON with th
 whole, looked at before and after every module.
 """
 
-import json
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from profiled_steps import DTYPES
+from profiled_steps import print_cells, run_of
 from torch import nn
 
-from sparse_llama.config.run import Overrides, load_run
 from sparse_llama.data.batches import Batch
-from sparse_llama.distributed import ranks
-from sparse_llama.model.assemble import assemble
-from sparse_llama.model.objective import TokenLoss
-from sparse_llama.training.engine import optimizer_step, start_engine
+from sparse_llama.training.engine import optimizer_step
+from sparse_llama.training.session import start_model
 
 
 def count(cell: dict[str, Any], folder: Path) -> dict[str, int]:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    (folder / "config.json").write_text(json.dumps(cell["config"]))
-    (folder / "run.json").write_text(json.dumps(cell["document"]))
-    run = load_run(folder / "run.json", Overrides(), 1)
-    model = assemble(
-        run.settings,
-        run.layouts,
-        dtype=DTYPES[run.precision],
-        checkpointing=run.checkpointing,
-        zero3_config=run.deepspeed,
-    ).model
-    engine = start_engine(run, TokenLoss(model, loss_tile=run.settings.memory.loss_tile), model, None)
+    run = run_of(cell, folder)
+    assembled, _, engine = start_model(run, None)
+    model = assembled.model
     engine.train()
     most = 0
     is_looking = False
@@ -65,15 +51,5 @@ def count(cell: dict[str, Any], folder: Path) -> dict[str, int]:
     return {"live": most}
 
 
-def main() -> None:
-    cells = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    ranks.initialize()
-    with tempfile.TemporaryDirectory() as name:
-        for cell in cells:
-            cell["document"]["sparse_llama"]["model"] = {"path": name, "random_weights": True}
-            print(json.dumps(count(cell, Path(name))), flush=True)
-    ranks.finalize()
-
-
 if __name__ == "__main__":
-    main()
+    print_cells(count)

@@ -1,4 +1,4 @@
-"""A job of several processes without the launcher, for tests of what they find together."""
+"""Processes that tests start: their environment, and jobs of several, with the launcher and without."""
 
 import json
 import os
@@ -7,18 +7,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, find_free_port
+from sparse_llama.distributed.ranks import environment_without_job, free_port
+
+ROOT = Path(__file__).parents[1]
+
+
+def process_environment(**own: str) -> dict[str, str]:
+    """Return the environment of a process that a test starts: of no job that the test itself may be in, one
+    thread, and this checkout and its tests to import from."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return environment_without_job() | shared | own
 
 
 def run_ranks(script: Path, processes: int, *arguments: str, timeout_s: int = 400) -> list[Any]:
     """Return what every process of ``script`` printed after "RESULT ", as JSON, by rank."""
-    environment = os.environ | {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(find_free_port()),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = process_environment(
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+    )
     started = [
         subprocess.Popen(
             [sys.executable, str(script), *arguments],
@@ -43,15 +52,11 @@ def run_ranks(script: Path, processes: int, *arguments: str, timeout_s: int = 40
 def launch(script: Path, processes: int, *arguments: str, timeout_s: int = 400) -> str:
     """Run ``script`` under the ``deepspeed`` launcher and return what it printed."""
     command = [sys.executable, Path(sys.executable).with_name("deepspeed")]
-    options = ["--master_port", str(find_free_port()), "--num_gpus", str(processes)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-    }
+    options = ["--master_port", str(free_port()), "--num_gpus", str(processes)]
     done = subprocess.run(
         [*command, *options, str(script), *arguments],
         cwd=ROOT,
-        env=environment,
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=timeout_s,

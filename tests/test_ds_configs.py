@@ -4,10 +4,11 @@ layout is sparse, and it fits the hardware in its name."""
 import json
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from shipped_documents import DOCUMENTS, FOLDER, load_shipped, processes_of
 from shipped_runs import seven_b
 
 from sparse_llama import cli
@@ -18,9 +19,8 @@ from sparse_llama.layouts import build_layout
 from sparse_llama.planning.hardware import GIB, Hardware
 from sparse_llama.planning.search import Planner
 from sparse_llama.planning.shapes import find_base
+from sparse_llama.training.engine import engine_config
 
-FOLDER = Path(__file__).parents[1] / "ds_configs"
-DOCUMENTS = sorted(FOLDER.glob("*.json"))
 HARDWARE = {
     "a100_40g": Hardware(40 * GIB, 96 * GIB),
     "a100_40g_x8": Hardware(40 * GIB, 640 * GIB),  # for eight processes together
@@ -37,20 +37,9 @@ def document(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
-def ranks_of(document: Path) -> int:
-    """Return how many processes a document is for: those that share a row."""
-    return json.loads(document.read_text(encoding="utf-8")).get("sequence_parallel_size", 1)
-
-
-def load(document: Path, folder: Path, world_size: int | None = None, **flags: Any) -> Run:
-    """Return a document's run; what it needs installed, such as libaio, is not asked here."""
-    overrides = Overrides(output_dir=folder / "out", **flags)
-    return load_run(document, overrides, world_size or ranks_of(document), is_here=False)
-
-
 @pytest.fixture
 def run(document: Path, tmp_path: Path) -> Run:
-    return load(document, tmp_path)
+    return load_shipped(document, tmp_path)
 
 
 def earlier(sparsity: BSLongformerSparsity, row: int) -> set[int]:
@@ -88,7 +77,7 @@ def test_the_long_documents_are_as_long_as_their_names_say(tmp_path: Path):
         "a100_40g_x8_1m": 1048576,
     }
     for name, length in lengths.items():
-        found = load(FOLDER / f"{name}.json", tmp_path)
+        found = load_shipped(FOLDER / f"{name}.json", tmp_path)
         assert found.settings.seq_length == length
         assert found.settings.model.rope_parameters is not None, "the base has never seen such positions"
         assert found.notices == ()
@@ -97,7 +86,7 @@ def test_the_long_documents_are_as_long_as_their_names_say(tmp_path: Path):
 def test_a_document_fits_the_hardware_in_its_name(document: Path, run: Run):
     """On a GPU 1.5 GiB are left to CUDA and fragmentation; the planner's word is what is tested here."""
     config = find_base(run.settings.model).config
-    planner = Planner(config, hardware_of(document), ranks_of(document))
+    planner = Planner(config, hardware_of(document), processes_of(document))
     made = planner.at(run)
     assert planner.fits(made), planner.needs(made)
 
@@ -107,16 +96,21 @@ def test_a_document_fits_the_hardware_in_its_name(document: Path, run: Run):
 def test_the_run_that_went_out_of_memory_fits_in_all_four_variants(
     adapter: str, attention: Literal["dense", "sparse"], tmp_path: Path
 ):
-    run = load(FOLDER / "a100_40g.json", tmp_path, adapter=adapter, attention=attention)
+    run = load_shipped(FOLDER / "a100_40g.json", tmp_path, adapter=adapter, attention=attention)
     planner = Planner(seven_b(), HARDWARE["a100_40g"])
     assert run.micro_batch_size * run.settings.seq_length == 4096
     assert planner.fits(planner.at(run)), planner.needs(planner.at(run))
 
 
-def test_deepspeed_takes_its_part_of_a_document_and_nothing_of_ours_is_in_it(run: Run):
-    theirs = DeepSpeedConfig(dict(run.deepspeed))
+def test_deepspeed_takes_its_part_of_a_document_and_nothing_of_ours_is_in_it(
+    run: Run, document: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What DeepSpeed is given, in a job of the processes that the document is for."""
+    monkeypatch.setattr("deepspeed.runtime.config.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("deepspeed.runtime.config.dist.get_world_size", lambda: processes_of(document))
+    theirs = DeepSpeedConfig(engine_config(run))
     assert not set(OUR_BLOCKS) & run.deepspeed.keys()
-    assert theirs.train_batch_size == run.global_batch_size
+    assert theirs.train_batch_size == run.global_batch_size * run.sequence_parallel_size
     assert theirs.zero_optimization_stage == run.zero_stage
     assert theirs.bfloat16_config.enabled == (run.precision == "bf16")
 
@@ -128,15 +122,15 @@ def test_deepspeed_takes_its_part_of_a_document_and_nothing_of_ours_is_in_it(run
 def test_the_longest_rows_of_one_gpu_fit_in_all_four_variants(
     adapter: str, attention: Literal["dense", "sparse"], name: str, tmp_path: Path
 ):
-    run = load(FOLDER / f"{name}.json", tmp_path, adapter=adapter, attention=attention)
+    run = load_shipped(FOLDER / f"{name}.json", tmp_path, adapter=adapter, attention=attention)
     planner = Planner(seven_b(), HARDWARE["a100_40g"])
     assert planner.fits(planner.at(run)), planner.needs(planner.at(run))
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_a_document_fits_any_number_of_processes(document: Path, world_size: int, tmp_path: Path):
-    sharing = ranks_of(document)
-    run = load(document, tmp_path, world_size * sharing)
+    sharing = processes_of(document)
+    run = load_shipped(document, tmp_path, world_size * sharing)
     assert run.global_batch_size == run.micro_batch_size * run.gradient_accumulation_steps * world_size
 
 
@@ -145,7 +139,9 @@ def test_the_command_in_a_document_is_the_one_that_runs_it(document: Path, tmp_p
     launcher, *words = shlex.split(command)
     script = words.index("launch/train.py")
     assert launcher == "deepspeed"
-    assert words[:script] == ([] if ranks_of(document) == 1 else ["--num_gpus", str(ranks_of(document))])
+    assert words[:script] == (
+        [] if processes_of(document) == 1 else ["--num_gpus", str(processes_of(document))]
+    )
     arguments = words[script + 1 :]
     parsed = cli.train_parser(None).parse_args(arguments)
     assert FOLDER.parent / parsed.ds_config == document
@@ -173,7 +169,7 @@ def test_a_sparse_document_attends_to_at_most_half_of_the_pairs_at_its_own_lengt
 
 
 def test_the_document_for_the_40_gb_gpu_is_the_setting_that_went_out_of_memory(tmp_path: Path):
-    run = load(FOLDER / "a100_40g.json", tmp_path)
+    run = load_shipped(FOLDER / "a100_40g.json", tmp_path)
     assert run.settings.model.path == "openlm-research/open_llama_7b"
     assert run.settings.data.dataset == "databricks/databricks-dolly-15k"
     assert run.settings.adapter.version == "v2"

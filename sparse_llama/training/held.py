@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_llama.distributed.dataless import holds_data
 from sparse_llama.training.masters import optimizer_tensors
 
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "adapters", "gradients", "optimizer"
@@ -38,6 +39,7 @@ def live_bytes() -> int:
     steps, when no graph is alive, all that there are."""
     gc.collect()
     tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    tensors = [one for one in tensors if holds_data(one)]  # a plan in this process may have left some
     tensors += [one.grad for one in tensors if one.is_leaf and one.grad is not None]
     return _count(tensors, "cpu", set())
 

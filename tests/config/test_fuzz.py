@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shipped_documents import DOCUMENTS, processes_of
 
 from sparse_llama.config.run import Overrides, load_run
 from sparse_llama.config.section import join_path
 from sparse_llama.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted((ROOT / "ds_configs").glob("*.json"))
 NUM_MUTATIONS = 400
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 7, 2**31, 2**63 - 1, -(2**63) + 1, 0.5, -0.0, 1e-320, 1e308, "", "auto", "x",
@@ -52,11 +51,6 @@ def outcome(text: str, path: Path, flags: dict[str, Any], processes: int = 1) ->
     return None
 
 
-def processes_of(document: dict[str, Any]) -> int:
-    """Return the fewest processes that a document is for."""
-    return document.get("sequence_parallel_size", 1)
-
-
 def without_comments(path: Path) -> dict[str, Any]:
     def drop(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: value for key, value in pairs if not key.startswith("_")}
@@ -81,7 +75,7 @@ def test_a_value_replaced_or_left_out_is_accepted_or_refused_in_one_line(documen
             if not mutated:
                 break
         flags = rng.choice(FLAGS)
-        outcomes.append(outcome(json.dumps(mutated), tmp_path / "mine.json", flags, processes_of(plain)))
+        outcomes.append(outcome(json.dumps(mutated), tmp_path / "mine.json", flags, processes_of(document)))
     assert 20 < outcomes.count(None) < NUM_MUTATIONS - 100
 
 
@@ -103,7 +97,7 @@ def test_an_unknown_key_anywhere_is_refused_and_named(document: Path, tmp_path: 
                 rng.choice(string.ascii_lowercase + " .\u00e9") for _ in range(rng.randrange(1, 9))
             )
             block[key] = rng.choice(JUNK)
-        line = outcome(json.dumps(mutated), tmp_path / "mine.json", {}, processes_of(plain))
+        line = outcome(json.dumps(mutated), tmp_path / "mine.json", {}, processes_of(document))
         where = join_path(path, key)
         assert line is not None, where
         assert line.startswith(f"{tmp_path / 'mine.json'}: {where}: "), line

@@ -1,13 +1,13 @@
 """What has no effect on a run is said once, and nothing is said of what has."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shipped_documents import DOCUMENTS, load_shipped
 
 from sparse_llama.config.notices import INERT_KEYS, LOGGED_KEYS, SWITCHED_BLOCKS
-from sparse_llama.config.run import EMBEDDED, Overrides, load_run
+from sparse_llama.config.run import EMBEDDED
 from sparse_llama.config.zero import UNUSED_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -257,9 +257,6 @@ def test_random_blocks_may_differ_between_heads(load):
     assert len(load({"sparse_attention": block}).notices) == 1
 
 
-@pytest.mark.parametrize(
-    "path", [EMBEDDED, *sorted((ROOT / "ds_configs").glob("*.json"))], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", [EMBEDDED, *DOCUMENTS], ids=lambda p: p.stem)
 def test_a_shipped_document_has_nothing_without_effect(path: Path, tmp_path: Path):
-    processes = json.loads(path.read_text(encoding="utf-8")).get("sequence_parallel_size", 1)
-    assert load_run(path, Overrides(output_dir=tmp_path), processes, is_here=False).notices == ()
+    assert load_shipped(path, tmp_path).notices == ()

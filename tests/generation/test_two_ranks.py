@@ -1,17 +1,12 @@
 """Answers and losses in a job of two processes, under ZeRO-3 and without."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_processes import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from sparse_llama.distributed.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = LlamaConfig(
@@ -33,31 +28,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         LlamaForCausalLM(CONFIG).save_pretrained(folder)
-    environment = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(folder)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=150)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(printed)
-    lines = [next(line for line in text.splitlines() if line.startswith("RESULT ")) for text in printed]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    return run_ranks(Path(__file__).with_name("two_ranks.py"), 2, str(folder), timeout_s=150)
 
 
 @pytest.mark.parametrize("when", [0, 1], ids=["before a step", "after a step"])

@@ -1,13 +1,13 @@
 """``launch/benchmark.py`` as users start it: what it prints, what it writes, and with mistakes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rank_processes import process_environment
 
 from sparse_llama import cli
 
@@ -26,7 +26,7 @@ def test_the_script_measures_prints_and_saves(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "launch/benchmark.py", *asked],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -148,7 +148,7 @@ except SystemExit as ended:
 """
     done = subprocess.run(
         [sys.executable, "-c", source],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=60,

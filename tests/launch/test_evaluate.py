@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapted_models import save_adapted
+from rank_processes import process_environment
 from transformers import LlamaForCausalLM
 
 from sparse_llama import cli
@@ -57,7 +57,7 @@ def test_the_script_runs_without_a_launcher_and_measures_what_transformers_does(
     done = subprocess.run(
         [sys.executable, "launch/evaluate.py", *command, "--local_rank", "0", "--json", str(out)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,6 +1,5 @@
 """``launch/export.py`` as users start it."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapted_models import trainable_state
+from rank_processes import process_environment
 
 from sparse_llama import cli
 from sparse_llama.adapters.interop import FOREIGN
@@ -56,7 +56,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 def test_the_command_exports_a_run_that_our_own_commands_open(run_folder: Path, tmp_path: Path):
     output = tmp_path / "out"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    environment = process_environment(HF_HOME=str(tmp_path / "hf"))
     done = subprocess.run(
         [sys.executable, "launch/export.py", "--checkpoint", run_folder, "--output", output],
         cwd=ROOT,

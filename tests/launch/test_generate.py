@@ -1,6 +1,5 @@
 """``launch/generate.py`` as users start it: the answer alone on standard output, and mistakes."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from adapted_models import save_adapted
+from rank_processes import process_environment
 
 from sparse_llama import cli
 from sparse_llama.data.prompt import alpaca_prompt
@@ -32,7 +32,7 @@ def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "launch/generate.py", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=process_environment() | environment,
         capture_output=True,
         text=True,
         timeout=120,

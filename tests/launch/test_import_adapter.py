@@ -1,7 +1,6 @@
 """``launch/import_adapter.py``: another program's file becomes an adapter folder that computes the same."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapted_models import save_adapted
+from rank_processes import process_environment
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -95,7 +95,7 @@ def test_the_script_says_where_it_went_and_what_comes_next(peft_folder, tmp_path
     done = subprocess.run(
         [sys.executable, "launch/import_adapter.py", "--adapter", peft_folder, "--output", tmp_path / "out"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=120,

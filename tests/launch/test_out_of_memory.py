@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import process_environment
 from small_runs import losses
 
 from sparse_llama import cli
@@ -57,7 +58,7 @@ def start_limited(extra_mib: int, *flags: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, LIMITED, str(extra_mib), *flags],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=900,
@@ -119,7 +120,7 @@ def test_two_processes_end_in_one_message(long_rows: Path, tmp_path: Path, free_
     done = subprocess.run(
         ["bash", "-c", 'ulimit -Sd 600000; exec "$@"', "bash", *command, "launch/train.py", *flags],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,7 +1,6 @@
 """``launch/plan_memory.py`` as users start it: what it says, what it writes, and mistakes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 from matplotlib.image import imread
+from rank_processes import process_environment
 
 from sparse_llama import cli
 from sparse_llama.config.run import Overrides, load_run
@@ -51,7 +51,7 @@ def test_the_demo_is_planned_for_this_machine_in_a_process_of_its_own(tmp_path: 
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=process_environment(CUDA_VISIBLE_DEVICES=""),
         check=False,
     )
     assert done.returncode == 0, done.stderr

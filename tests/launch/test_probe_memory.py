@@ -2,13 +2,13 @@
 model."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import process_environment
 
 from sparse_llama import cli
 from sparse_llama.planning.probe import Outcome
@@ -31,7 +31,7 @@ def probe(output_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=process_environment(),
         capture_output=True,
         text=True,
         timeout=1800,

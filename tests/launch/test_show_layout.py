@@ -1,7 +1,6 @@
 """``launch/show_layout.py`` as users start it: what it draws worked out by hand, and mistakes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import process_environment
+from shipped_documents import DOCUMENTS, load_shipped
 
 from sparse_llama import cli
-from sparse_llama.config.flags import Overrides
-from sparse_llama.config.run import load_run
 from sparse_llama.reporting.expectation import CPU_EFFICIENCY
 
 ROOT = Path(__file__).parents[2]
@@ -223,10 +222,10 @@ def test_a_layer_that_is_not_there_is_refused(flags, message: str, capsys, tmp_p
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_of_ds_configs_can_be_shown(path: Path, capsys, tmp_path: Path):
     printed = show(capsys, "--ds_config", path)
-    run = load_run(path, Overrides(output_dir=tmp_path), 1)
+    run = load_shipped(path, tmp_path)
     assert f"{run.settings.seq_length:,} in " in printed
     assert pictures(printed)
 
@@ -296,7 +295,7 @@ def test_the_script_answers_without_the_libraries_that_take_seconds():
     done = subprocess.run(
         [sys.executable, "-c", watched],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        env=process_environment(PYTHONIOENCODING="ascii"),
         capture_output=True,
         text=True,
         timeout=60,

@@ -2,13 +2,13 @@
 mistakes."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rank_processes import process_environment
 from small_runs import losses
 
 from sparse_llama import cli
@@ -36,7 +36,7 @@ def launch(
         script,
         *arguments,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = process_environment()
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,

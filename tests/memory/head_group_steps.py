@@ -15,8 +15,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import logger, safe_get_full_grad
-from memory.tiled_steps import NUM_LABELLED, batch, build, count_gradients, micro_batches, train_plainly
+from deepspeed.utils import logger
+from memory.tiled_steps import batch, build, configuration, count_gradients, take_steps, train_plainly
 
 from sparse_llama.adapters.attach import first_trained_layer, parameter_groups, trainable_parameters
 from sparse_llama.config.deepspeed import ActivationCheckpointing
@@ -44,13 +44,7 @@ def run(folder: str, version: str, stage: int, checkpoints: str, is_partitioned:
             "max_reuse_distance",
         )
         zero |= {f"stage3_{name}": 0 for name in names}
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 2,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-    }
+    config = configuration(zero)
     expected_losses, expected_gradients = train_plainly(build(folder, version))
     model = build(folder, version, zero3_config=config if is_partitioned else None)
     group_heads(model, MemorySettings(head_groups=2, mlp_tile=4))
@@ -66,28 +60,9 @@ def run(folder: str, version: str, stage: int, checkpoints: str, is_partitioned:
         model(input_ids=batch(0, 3)["input_ids"], use_cache=False)
         model(input_ids=batch(0, 3)["input_ids"], use_cache=True)
     whole: list[int] = []
-    losses, missing, worst = [], [], 0.0
-    for step in range(2):
-        losses.append(0.0)
-        for index, one in enumerate(micro_batches(step)):
-            with watch_backward(model, whole):
-                loss = engine(**one) / NUM_LABELLED
-                engine.backward(loss * 2)  # DeepSpeed divides by the number of micro-batches
-            losses[-1] += loss.item()
-            if index == 1:
-                for name, parameter in parameters.items():
-                    gradient = safe_get_full_grad(parameter)
-                    if gradient is None or not gradient.any():
-                        missing.append(name)
-                        continue
-                    expected = expected_gradients[step][name]
-                    worst = max(worst, float((gradient - expected).norm() / expected.norm()))
-            engine.step()
-    result = {
-        "losses": losses,
+    found = take_steps(engine, parameters, expected_gradients, lambda: watch_backward(model, whole))
+    result = found | {
         "expected_losses": expected_losses,
-        "worst_gradient": worst,
-        "without_gradient": missing,
         "times_written": sorted(set(counts.values())),
         "most_whole_layers": max(whole, default=0),
         "whole_after": num_whole_layers(model),

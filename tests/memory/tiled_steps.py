@@ -10,7 +10,10 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -71,17 +74,22 @@ def train_plainly(model):
     return losses, gradients
 
 
-def run(folder, version, stage, is_checkpointed, is_partitioned) -> dict:
-    zero = {"stage": stage}
-    if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # or every parameter of a tiny model stays whole
-    config = {
+def configuration(zero: dict[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed's, for plain SGD: its default clips gradients."""
+    return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
     }
+
+
+def run(folder, version, stage, is_checkpointed, is_partitioned) -> dict:
+    zero = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # or every parameter of a tiny model stays whole
+    config = configuration(zero)
     expected_losses, expected_gradients = train_plainly(build(folder, version))
     zero3_config = config if is_partitioned else None
     model = build(folder, version, zero3_config=zero3_config, is_checkpointed=is_checkpointed)
@@ -95,12 +103,29 @@ def run(folder, version, stage, is_checkpointed, is_partitioned) -> dict:
     with torch.no_grad():  # as a run looks at its first logits and loss, outside of the engine
         model(input_ids=batch(0, 3)["input_ids"], use_cache=False)
         objective(**batch(0, 3))
+    found = take_steps(engine, parameters, expected_gradients)
+    engine.destroy()
+    return found | {
+        "expected_losses": expected_losses,
+        "times_written": sorted(set(counts.values())),
+    }
+
+
+def take_steps(
+    engine: Any,
+    parameters: dict[str, torch.nn.Parameter],
+    expected_gradients: list[dict[str, torch.Tensor]],
+    watching: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Any]:
+    """Take two steps of two micro-batches, each within ``watching``; return their losses, and how their
+    gradients compare."""
     losses, missing, worst = [], [], 0.0
     for step in range(2):
         losses.append(0.0)
         for index, one in enumerate(micro_batches(step)):
-            loss = engine(**one) / NUM_LABELLED
-            engine.backward(loss * 2)  # DeepSpeed divides by the number of micro-batches
+            with watching():
+                loss = engine(**one) / NUM_LABELLED
+                engine.backward(loss * 2)  # DeepSpeed divides by the number of micro-batches
             losses[-1] += loss.item()
             if index == 1:
                 for name, parameter in parameters.items():
@@ -111,14 +136,7 @@ def run(folder, version, stage, is_checkpointed, is_partitioned) -> dict:
                     expected = expected_gradients[step][name]
                     worst = max(worst, float((gradient - expected).norm() / expected.norm()))
             engine.step()
-    engine.destroy()
-    return {
-        "losses": losses,
-        "expected_losses": expected_losses,
-        "worst_gradient": worst,
-        "without_gradient": missing,
-        "times_written": sorted(set(counts.values())),
-    }
+    return {"losses": losses, "worst_gradient": worst, "without_gradient": missing}
 
 
 def count_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]:

@@ -1,19 +1,15 @@
 """Planned against measured: the peak of real steps under DeepSpeed, in a process of its own, by the running
 maximum of the allocator's events, which shares no code with the planner."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from planned_runs import FIXED, document, llama, run_of
+from profiled_steps import look_at_cells
 
 from sparse_llama.planning.estimate import estimate
 
-ROOT = Path(__file__).parents[2]
 SHAPE: dict[str, Any] = {
     "vocab_size": 4000,
     "hidden_size": 256,
@@ -61,28 +57,16 @@ def cell(case: str, num_tokens: int, lengths: list[int] | None = None) -> dict[s
 
 def compare(cells: dict[str, dict[str, Any]], tmp_path: Path) -> dict[str, float]:
     """Return planned over measured for every cell, and print both."""
-    (tmp_path / "cells.json").write_text(json.dumps(list(cells.values())))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "profiled_steps.py"), "cells.json"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"allocated"')]
+    found = look_at_cells("profiled_steps.py", list(cells.values()), tmp_path, key="allocated")
     ratios: dict[str, float] = {}
-    for (name, one), line in zip(cells.items(), lines, strict=True):
-        measured = json.loads(line)
+    for (name, one), measured in zip(cells.items(), found, strict=True):
         planned = estimate(
             run_of(tmp_path, one["document"]),
             llama(SHAPE),
             device="cpu",
             document_lengths=one["lengths"],
         )
-        num_bytes = planned.peak_bytes["host"] - planned.components["host"]["libraries"]
+        num_bytes = planned.run_bytes["host"]
         ratios[name] = num_bytes / measured["allocated"]
         shown = (num_bytes, measured["allocated"], measured["resident"])
         print(f"{name}: planned, allocated, resident MiB", *(f"{size / 2**20:.1f}" for size in shown))

@@ -1,19 +1,14 @@
 """What stage 3 has whole at once: the rule against DeepSpeed itself, in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from planned_runs import SMALL, document, llama, run_of
+from profiled_steps import look_at_cells
 
 from sparse_llama.planning.planned_step import make_batch, plan_step
 from sparse_llama.planning.zero import zero_memory
 
-ROOT = Path(__file__).parents[2]
 SHAPE = SMALL | {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 10, "vocab_size": 2000}
 NO_REUSE = {"stage3_max_reuse_distance": 0}
 CASES: dict[str, dict[str, Any]] = {
@@ -34,23 +29,12 @@ def test_the_live_parameters_are_no_more_than_planned(tmp_path):
         made = document(128, checkpointing={}, zero_optimization=block | zero)
         config = SHAPE | {"model_type": "llama", "max_position_embeddings": 256}
         cells.append({"config": config, "document": made})
-    (tmp_path / "cells.json").write_text(json.dumps(cells))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "live_parameters.py"), "cells.json"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"live"')]
-    for case, cell, line in zip(CASES, cells, lines, strict=True):
+    found = look_at_cells("live_parameters.py", cells, tmp_path, key="live")
+    for case, cell, looked in zip(CASES, cells, found, strict=True):
         run = run_of(tmp_path, cell["document"])
         step = plan_step(run, llama(SHAPE), "cuda", make_batch(1, 128, None, None))
         memory = zero_memory(run, step.parameters, device="cuda", ranks=2)
         gathered = memory.weights + memory.loss
         planned = sum(one for kind, one in gathered.items() if kind.name.startswith("gathered")) // 2
-        live = json.loads(line)["live"]
+        live = looked["live"]
         assert live <= planned <= 1.5 * live, (case, live, planned)
