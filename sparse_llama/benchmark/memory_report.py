@@ -17,7 +17,7 @@ from sparse_llama.benchmark.report import markdown_table, origin_lines
 from sparse_llama.planning.levers import TILE
 from sparse_llama.planning.probe import OUT_OF_MEMORY, Figures, Outcome
 from sparse_llama.reporting.curves import Curve, Panel, save_curves
-from sparse_llama.reporting.tables import format_bytes, format_seconds
+from sparse_llama.reporting.tables import format_bytes, format_seconds, format_step
 
 CELL_HEADER = ["model", "result", "peak", "tensors", "planned", "off by", "step"]
 LONGEST_HEADER = ["model", "fits", "out of memory at", "by the plan"]
@@ -48,7 +48,7 @@ def cell_row(book: MemoryBook, cell: MemoryCell) -> list[str]:
         format_bytes(tensors) if tensors else _NONE,
         shown,
         f"{(planned or 0) / tensors - 1:+.1%}" if is_known else _NONE,
-        _seconds(outcome.figures.step_s),
+        format_step(outcome.figures.step_s),
     ]
 
 
@@ -221,13 +221,9 @@ def _protocol(book: MemoryBook, measured_s: float) -> list[str]:
     ]
 
 
-def _seconds(seconds: float) -> str:
-    return format_seconds(seconds) if seconds >= 60 else f"{seconds:.2f} s"
-
-
 def show_outcome(book: MemoryBook, cell: MemoryCell, measured: MeasuredCell) -> str:
     """Return a line for each measurement as it ends."""
     figures, name = measured.outcome.figures, f"{book.name_of(cell.contender)}, {cell.num_tokens:,} tokens"
     if figures is None:
         return f"{name}: {measured.outcome.status} {measured.outcome.reason}"
-    return f"{name}: {format_bytes(peak(book, figures))}, {_seconds(figures.step_s)} a step"
+    return f"{name}: {format_bytes(peak(book, figures))}, {format_step(figures.step_s)} a step"

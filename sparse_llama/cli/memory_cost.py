@@ -1,7 +1,6 @@
 """``launch/benchmark.py memory``: what a step takes, lever by lever, beside others."""
 
 import argparse
-import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,15 @@ from typing import TYPE_CHECKING
 
 from sparse_llama.benchmark.shapes import SHAPES
 from sparse_llama.cli.adapter_cost import origin_with_peft
-from sparse_llama.cli.results import device_slug, make_folder, numbers, results_console, split, tell_files
+from sparse_llama.cli.results import (
+    budget_bytes,
+    device_slug,
+    make_folder,
+    numbers,
+    results_console,
+    split,
+    tell_files,
+)
 from sparse_llama.config.section import suggest
 from sparse_llama.errors import ConfigError
 
@@ -19,9 +26,8 @@ if TYPE_CHECKING:
     from sparse_llama.planning.probe import Outcome
 
 MEMORY_FLAGS = ("lengths", "shape", "contenders", "rungs", "budget_gib", "longest", "overwrite")
-_GIB = 2**30
 _LENGTHS = {"cpu": (4096, 16384, 131072), "cuda": (4096, 16384, 65536, 262144)}
-_BUDGET_GIB = {"cpu": 16.0, "cuda": 40.0}
+_BUDGET_BYTES = {"cpu": 16 * 2**30, "cuda": 40 * 2**30}
 _SHAPE = {"cpu": "narrow", "cuda": "7b"}
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 _WORK = Path("runs") / "benchmark_memory"
@@ -54,8 +60,7 @@ def memory_cost(arguments: argparse.Namespace) -> None:
         ConfigError: a flag is wrong, or the file holds other measurements.
     """
     lengths = numbers("lengths", arguments.lengths)
-    if arguments.budget_gib is not None and not 0 < arguments.budget_gib < sys.maxsize / _GIB:
-        raise ConfigError(f"--budget_gib: must be > 0, got {arguments.budget_gib}")
+    budget = budget_bytes(arguments.budget_gib)
     make_folder(arguments.output_dir)
     from sparse_llama.benchmark.memory import BLOCK, MemoryBook
     from sparse_llama.distributed.ranks import device
@@ -67,7 +72,6 @@ def memory_cost(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--lengths: must be multiples of the block, {BLOCK}, got {wrong[0]}")
     contenders, left_out = _contenders(arguments, place.type)
     origin = origin_with_peft()
-    budget = arguments.budget_gib or _BUDGET_GIB[place.type]
     name = f"memory_{device_slug(origin.hardware, place)}"
     book = MemoryBook(
         file=arguments.output_dir / f"{name}.json",
@@ -75,7 +79,7 @@ def memory_cost(arguments: argparse.Namespace) -> None:
         shape=SHAPES[arguments.shape or _SHAPE[place.type]],
         device=place.type,
         dtype=_DTYPE[place.type],
-        budget_bytes=int(budget * _GIB),
+        budget_bytes=budget or _BUDGET_BYTES[place.type],
     )
     if arguments.overwrite:
         book.file.unlink(missing_ok=True)

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from sparse_llama.reporting.tables import show_columns, show_table
+from sparse_llama.reporting.tables import plain_console, show_columns, show_table
 
 if TYPE_CHECKING:
     from sparse_llama.benchmark.provenance import Provenance
 
 SCRIPT = "launch/plan_memory.py"
-_TABLE_WIDTH = 110
 _NOT_OF_THE_PLAN = ("--json", "--md", "--png")
 
 
@@ -24,9 +23,7 @@ _NOT_OF_THE_PLAN = ("--json", "--md", "--png")
 class PlanBook:
     """Tables as they are shown, and the same as data."""
 
-    console: Console = field(
-        default_factory=lambda: Console(highlight=False, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
-    )
+    console: Console = field(default_factory=plain_console)
     content: dict[str, Any] = field(default_factory=dict)
     """For the JSON file."""
     _pages: list[str] = field(default_factory=list)

@@ -1,14 +1,13 @@
 """``launch/probe_memory.py``: what a run really takes, at each ZeRO stage, offload and length."""
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_llama.cli.entry import is_main
 from sparse_llama.cli.flags import Parser, add_run_flags, overrides, parser
-from sparse_llama.cli.results import make_folder, numbers, split, tell_files
+from sparse_llama.cli.results import budget_bytes, make_folder, numbers, split, tell_files
 from sparse_llama.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from sparse_llama.config.run import Run
     from sparse_llama.planning.probe import Cell, Outcome, Probe
 
-_GIB = 2**30
 _OWN = ("zero_stage", "offload", "seq_length", "steps", "epochs", "resume", "overwrite", "output_dir")
 """Flags of a run that are something else here, or nothing."""
 _STAGES, _OFFLOADS = ("0", "1", "2", "3"), ("none", "cpu", "nvme")
@@ -67,6 +65,7 @@ def probe_memory(arguments: argparse.Namespace) -> None:
     offloads = _choices("offload", offloads, _OFFLOADS)
     lengths = numbers("lengths", arguments.lengths)
     _check_numbers(arguments)
+    budget = budget_bytes(arguments.budget_gib)
     run = load_run(arguments.ds_config, overrides(arguments), arguments.ranks, is_main=False)
 
     from sparse_llama.planning.probe import Cell, Probe
@@ -81,7 +80,7 @@ def probe_memory(arguments: argparse.Namespace) -> None:
         config_path=arguments.ds_config,
         overrides=overrides(arguments),
         output_dir=folder,
-        budget_bytes=None if arguments.budget_gib is None else int(arguments.budget_gib * _GIB),
+        budget_bytes=budget,
         num_steps=arguments.num_steps,
         num_ranks=arguments.ranks,
         stretched_from=None if has_rope else config.max_position_embeddings,
@@ -206,5 +205,3 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--steps: must be >= 2, as the first is not timed, got {arguments.num_steps}")
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks: must be >= 1, got {arguments.ranks}")
-    if arguments.budget_gib is not None and not 0 < arguments.budget_gib < sys.maxsize / _GIB:
-        raise ConfigError(f"--budget_gib: must be > 0, got {arguments.budget_gib}")

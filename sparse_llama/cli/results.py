@@ -1,6 +1,7 @@
 """What benchmarks share on the command line: lists of numbers, and where results go."""
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _TABLE_WIDTH = 112
+_GIB = 2**30
 
 
 def split(text: str) -> list[str]:
@@ -25,6 +27,15 @@ def numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
     if not all(re.fullmatch(r"[1-9][0-9]*", word) for word in split(text)):
         raise ConfigError(f"--{flag}: must be whole numbers above 0, with commas between them, got {text!a}")
     return tuple(int(word) for word in split(text))
+
+
+def budget_bytes(gib: float | None) -> int | None:
+    """Return the bytes of ``--budget_gib``; None where it was not given."""
+    if gib is None:
+        return None
+    if not 0 < gib < sys.maxsize / _GIB:
+        raise ConfigError(f"--budget_gib: must be > 0, got {gib}")
+    return int(gib * _GIB)
 
 
 def make_folder(folder: Path) -> None:

@@ -1,20 +1,17 @@
 """What a probe found, as a table that grows, and as curves over the length."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import box
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from sparse_llama.planning.probe import NOT_APPLICABLE, OUT_OF_MEMORY, Cell, Outcome, Probe
 from sparse_llama.reporting.curves import Curve, Panel
-from sparse_llama.reporting.tables import format_bytes, format_seconds
+from sparse_llama.reporting.tables import format_bytes, format_step, plain_console
 
-_WIDTH = 110  # where nothing else says how wide a file is
 _RUNNING = "running ..."
 _GIB = 2**30
 
@@ -23,7 +20,7 @@ class LiveTable:
     """On a terminal a table whose rows fill up; elsewhere a line for each cell as it ends."""
 
     def __init__(self, probe: Probe) -> None:
-        self._probe, self._console = probe, _console()
+        self._probe, self._console = probe, plain_console()
         self._cells: list[Cell] = []
         self._running: Cell | None = None
         self._live: Live | None = None
@@ -60,7 +57,7 @@ class LiveTable:
 
 def show_probe(probe: Probe, cells: Sequence[Cell]) -> None:
     """Print the table of ``cells``, and below it why some are not there."""
-    console = _console()
+    console = plain_console()
     ordered = sorted(
         cells, key=lambda cell: (cell.zero_stage, cell.offload != "none", cell.offload, cell.num_tokens)
     )
@@ -86,7 +83,7 @@ def show_longest(probe: Probe, pairs: Sequence[tuple[int, str]]) -> None:
         ]
         fails = f"{min(beyond):,}" if beyond else "-"
         table.add_row(str(stage), offload, f"{longest:,}" if longest else "none", fails)
-    _console().print(table)
+    plain_console().print(table)
 
 
 def panels(probe: Probe, cells: Sequence[Cell]) -> list[list[Panel]]:
@@ -124,10 +121,6 @@ def _curves(values: Sequence[tuple[Cell, float]], *, is_dashed: bool = False) ->
     ]
 
 
-def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-
-
 def _table(probe: Probe, cells: Sequence[Cell], running: Cell | None) -> Table:
     table = Table(title=_title(probe), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in _header(probe):
@@ -163,14 +156,13 @@ def _row(probe: Probe, cell: Cell, running: Cell | None) -> list[str]:
         values = [""] * empty
         values[2 if on_gpu else 3] = planned
         return [*start, outcome.status, *values]
-    step = format_seconds(figures.step_s) if figures.step_s >= 60 else f"{figures.step_s:.2f} s"
     host = _bytes(figures.peak_host_bytes)
     if on_gpu:
         reserved = _bytes(figures.peak_gpu_reserved_bytes)
         values = [_bytes(figures.peak_gpu_bytes), reserved, planned, host, _bytes(_planned(outcome, False))]
     else:
         values = [host, _bytes(figures.peak_run_bytes), _bytes(figures.peak_tensor_bytes or None), planned]
-    return [*start, outcome.status, *values, step]
+    return [*start, outcome.status, *values, format_step(figures.step_s)]
 
 
 def _line(outcome: Outcome, cell: Cell) -> str:

@@ -1,11 +1,19 @@
-"""Two-column terminal tables, and numbers as people read them."""
+"""Terminal tables, the console they go to, and numbers as people read them."""
 
+import sys
 from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+_WIDTH = 110  # of a file or a pipe, which has none of its own
+
+
+def plain_console(*, is_quiet: bool = False) -> Console:
+    """Return a console that colours no numbers, as wide as the terminal."""
+    return Console(quiet=is_quiet, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def show_table(title: str, rows: Iterable[tuple[str, str]], console: Console | None = None) -> None:
@@ -48,6 +56,11 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m {whole % 60:02d}s"
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def format_step(seconds: float) -> str:
+    """Return the duration of a step, most of which take less than a minute: ``1.25 s``, ``3m 05s``."""
+    return format_seconds(seconds) if seconds >= 60 else f"{seconds:.2f} s"
 
 
 def format_share(share: float) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 import shutil
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from sparse_llama.distributed import ranks
 from sparse_llama.errors import CheckpointError
 from sparse_llama.model.checks import check_first_loss
 from sparse_llama.model.rope import describe_positions
+from sparse_llama.reporting.tables import plain_console
 from sparse_llama.training import report
 from sparse_llama.training.checkpoint import (
     Position,
@@ -70,7 +70,7 @@ def fit(run: Run, *, num_retries: int = 0) -> None:
 
 def _fit(run: Run, num_retries: int) -> Shortage | None:
     """Do the run; return what is known of the memory that ran out, if it did."""
-    console = Console(quiet=not ranks.is_main(), highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = plain_console(is_quiet=not ranks.is_main())
     moment, baseline_bytes = Moment("preparing the run"), private_bytes()
     session = position = None
     try:
