@@ -86,6 +86,7 @@ AUTO_PATHS = frozenset(
         "scheduler.params.warmup_max_lr",
         "sparse_llama.attention.backend",
         "sparse_llama.model.rope_parameters.factor",
+        "zero_optimization.reduce_bucket_size",
     }
 )
 """Where "auto" has a meaning that this project resolves."""

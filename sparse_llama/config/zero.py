@@ -64,7 +64,11 @@ class ZeroOptimization(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 0
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
-    reduce_bucket_size: Annotated[IntegralInt, Field(gt=0)] = 5 * 10**8
+    reduce_bucket_size: Annotated[
+        Literal["auto"] | Annotated[IntegralInt, Field(gt=0)], either('an integer >= 1 or "auto"')
+    ] = "auto"
+    """Elements whose gradients are reduced together, in a buffer that is taken whole; "auto" is all that
+    train. DeepSpeed's own default of 5e8 is 1 GB in 16 bits, for an adapter's megabytes."""
     use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
     allgather_bucket_size: Count = 5 * 10**8

@@ -14,7 +14,8 @@ from sparse_llama.config.settings import MemorySettings
 TILE = 2048
 """Tokens of a tile: large enough to keep matrix products efficient, 0.8 GB of logits at V = 32,000."""
 _MEMORY = "sparse_llama.memory."
-_BUCKET = 5 * 10**6  # elements; an adapter of LLaMA-7B has 4.3 million in all
+_BUCKET = "zero_optimization.reduce_bucket_size"
+_SMALL_BUCKET = 5 * 10**6  # elements; an adapter of LLaMA-7B has 4.3 million in all
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,15 @@ def checkpoint(where: str, nvme_path: str | None = None) -> Lever:
     return Lever(f"checkpoints on {where}", sentence, keys, ("--checkpointing", where, *path))
 
 
-def small_buckets(run: Run, ranks: int) -> Lever | None:
-    """Return the lever that does without DeepSpeed's buffer for gradients, 1 GB in 16 bits for an adapter's
-    megabytes; None where there is none, or it is small.
-
-    Stage 0 has none, and for one process it is the same; several keep their stage and make it smaller.
-    """
+def small_buckets(run: Run) -> Lever | None:
+    """Return the lever that makes DeepSpeed's buffer for gradients as large as the adapter, as it is where
+    the document names no size; None where it is that, or smaller than most adapters."""
     zero = run.deepspeed["zero_optimization"]
-    if zero["stage"] == 0 or zero.get("reduce_bucket_size", 5 * 10**8) <= _BUCKET:
+    size = zero.get("reduce_bucket_size", "auto")
+    if zero["stage"] == 0 or size == "auto" or size <= _SMALL_BUCKET:
         return None
-    if ranks == 1 and zero["stage"] < 3 and "offload_optimizer" not in zero:
-        sentence = "ZeRO stage 0: in one process the others split nothing, and take a buffer of 1 GB"
-        return Lever("stage 0", sentence, {"zero_optimization.stage": 0}, ("--zero_stage", "0"))
-    return Lever(
-        "small buckets",
-        "DeepSpeed's buffer for gradients no larger than an adapter needs; costs no time",
-        {"zero_optimization.reduce_bucket_size": _BUCKET},
-    )
+    sentence = "DeepSpeed's buffer for gradients no larger than the adapter; costs no time"
+    return Lever("small buckets", sentence, {_BUCKET: "auto"})
 
 
 def head_groups(groups: int) -> Lever:
@@ -248,7 +241,7 @@ def _nothing(run: Run) -> Lever:
     every rung, for that is never worth a gigabyte."""
     keys: dict[str, Any] = {f"{_MEMORY}{name}": None for name in MemorySettings.model_fields}
     keys["activation_checkpointing"] = None
-    keys["zero_optimization.reduce_bucket_size"] = _BUCKET
+    keys[_BUCKET] = None
     zero = run.deepspeed["zero_optimization"]
     if "offload_param" in zero:
         keys |= {"zero_optimization.stage": 2, "zero_optimization.offload_param": None}

@@ -132,7 +132,7 @@ def candidates(run: Run, planner: Planner) -> list[Lever]:
     early = ("loss_tile",) if block is None else ("loss_tile", "mlp_tile")
     late = [name for name in ("norm_tile", "mlp_tile") if name not in early]
     levers = [tile(name) for name in early if getattr(memory, name) is None]
-    found = (small_buckets(run, planner.ranks), smaller_micro_batch(run))
+    found = (small_buckets(run), smaller_micro_batch(run))
     levers += [lever for lever in found if lever is not None]
     levers += [one_row(run)] if run.micro_batch_size > 2 else []
     offloads = block is not None and block.cpu_checkpointing

@@ -2,8 +2,7 @@
 
 Lines are those of DeepSpeed 0.19.8. A frozen base has no gradients and no optimizer state, so stages 1 and 2
 divide an adapter's, megabytes; only stage 3 and where parameters are offloaded to reach the weights. But
-stages 1 to 3 also take buffers for reduction of ``reduce_bucket_size`` elements whatever there is to reduce:
-1 GB at DeepSpeed's default.
+stages 1 to 3 also take buffers for reduction of ``reduce_bucket_size`` elements whatever there is to reduce.
 """
 
 from collections import Counter
@@ -117,9 +116,8 @@ def _add_partitioned_optimizer(
         # Stage 3 has one for the whole run (stage3.py:782); 1 and 2 take one, or two where communication
         # overlaps, with the first gradient (stage_1_and_2.py:3266) and give them back after the last.
         count = 2 if overlaps and zero.stage < 3 else 1
-        buckets = _tensor(
-            here, "DeepSpeed's buffers", "reduce_bucket_size", count * zero.reduce_bucket_size, dtype
-        )
+        bucket = numel if zero.reduce_bucket_size == "auto" else zero.reduce_bucket_size
+        buckets = _tensor(here, "DeepSpeed's buffers", "reduce_bucket_size", count * bucket, dtype)
         if zero.stage == 3:
             memory.always.update(buckets)
         else:

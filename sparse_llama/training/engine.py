@@ -47,6 +47,8 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
         # products and needs no compiler; DeepSpeed's fused one is built from source at first use.
         parameters.setdefault("torch_adam", True)
     groups: Any = parameter_groups(llama, weight_decay=parameters.get("weight_decay", 0.0))
+    num_trained = sum(count_elements(one) for group in groups for one in group["params"])
+    config["zero_optimization"].setdefault("reduce_bucket_size", num_trained)
     engine, *_ = deepspeed.initialize(
         model=objective,
         model_parameters=groups,
@@ -68,6 +70,8 @@ def engine_config(run: Run) -> dict[str, Any]:
     (``stage_1_and_2.py``, ``average_tensor``). What it does beside, summing gradients in fp32, is set here.
     """
     config = copy.deepcopy(run.deepspeed)
+    if config["zero_optimization"].get("reduce_bucket_size") == "auto":
+        del config["zero_optimization"]["reduce_bucket_size"]  # start_engine knows what trains
     for block in MONITOR_BLOCKS:  # ours to drive: training/metrics.py says why
         config.pop(block, None)
     sharing = config.pop("sequence_parallel_size", 1)
@@ -75,6 +79,11 @@ def engine_config(run: Run) -> dict[str, Any]:
         config["train_batch_size"] *= sharing
         config["communication_data_type"] = config.pop("seq_parallel_communication_data_type", "fp32")
     return config
+
+
+def count_elements(parameter: nn.Parameter) -> int:
+    """Return the elements of the whole parameter, also where ZeRO-3 has left this rank a part of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _check_optimizer(run: Run) -> None:

@@ -31,7 +31,7 @@ from sparse_llama.model.llama import read_config
 from sparse_llama.model.objective import TokenLoss
 from sparse_llama.model.rope import run_positions
 from sparse_llama.training.checkpoint import check_tensors
-from sparse_llama.training.engine import engine_config, start_engine
+from sparse_llama.training.engine import count_elements, engine_config, start_engine
 from sparse_llama.training.masters import write_masters
 
 
@@ -173,11 +173,6 @@ def _describe(run: Run, assembled: Assembled, parameters: dict[str, nn.Parameter
             "version": __version__,
         }
     )
-
-
-def count_elements(parameter: nn.Parameter) -> int:
-    """Return the elements of the whole parameter, also where ZeRO-3 has left this rank a part of it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _check_first_logits(run: Run, llama: LlamaForCausalLM, data: PreparedData) -> None:

@@ -12,7 +12,7 @@ from sparse_llama.config.section import Section
 
 AUTO_PLACES = (
     "scheduler.params.total_num_steps, scheduler.params.warmup_max_lr, sparse_llama.attention.backend, "
-    "sparse_llama.model.rope_parameters.factor"
+    "sparse_llama.model.rope_parameters.factor, zero_optimization.reduce_bucket_size"
 )
 COMMENT = 'leave it out, or start it with "_" to make it a comment'
 
@@ -85,7 +85,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("zero_optimization", None, "must be an object, got null"),
     ("zero_optimization.stage", 4, "must be <= 3, got 4"),
     ("zero_optimization.stage", "2", 'must be an integer, got "2"'),
-    ("zero_optimization.reduce_bucket_size", 5.5, "must be an integer, got 5.5"),
+    ("zero_optimization.reduce_bucket_size", 5.5, 'must be an integer >= 1 or "auto", got 5.5'),
     ("zero_optimization.offload_param.device", "gpu", "must be 'none', 'cpu' or 'nvme', got \"gpu\""),
     (
         "zero_optimization.leaf_module.classes",

@@ -16,16 +16,6 @@ from sparse_llama.planning.probe import Outcome
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def small_buffers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo with buffers of its gradients' size: DeepSpeed takes 2 GB from stage 1 on otherwise."""
-    document = json.loads((ROOT / "ds_configs" / "cpu_demo.json").read_text(encoding="utf-8"))
-    document["zero_optimization"]["reduce_bucket_size"] = 1_000_000
-    path = tmp_path_factory.mktemp("small") / "demo.json"
-    path.write_text(json.dumps(document), encoding="utf-8")
-    return path
-
-
 def probe(output_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launch/probe_memory.py", "--output_dir", str(output_dir), *flags]
     return subprocess.run(
@@ -76,14 +66,13 @@ def test_a_mistake_is_one_line_before_anything_starts(
 
 
 def test_cells_are_measured_each_in_its_process_and_once(
-    small_buffers: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Fits, out of memory and not applicable in one table; a second call has nothing left to do."""
     flags = ["--zero_stages", "0", "--offload", "none,cpu,nvme", "--lengths", "128,4096"]
-    flags += ["--ds_config", str(small_buffers), "--budget_gib", "0.2", "--no_plan"]
+    flags += ["--budget_gib", "0.2", "--no_plan"]
     done = probe(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     found = cells(tmp_path)
@@ -114,9 +103,9 @@ def test_cells_are_measured_each_in_its_process_and_once(
 
 
 @pytest.mark.slow
-def test_the_longest_row_is_the_longest_in_runs_of_its_own(small_buffers: Path, tmp_path: Path):
+def test_the_longest_row_is_the_longest_in_runs_of_its_own(tmp_path: Path):
     """Where the search ends, a process of its own fits, and one a step longer does not."""
-    budget = ["--ds_config", str(small_buffers), "--budget_gib", "0.3", "--no_plan"]
+    budget = ["--budget_gib", "0.3", "--no_plan"]
     budget += ["--zero_stages", "2", "--offload", "none"]
     done = probe(tmp_path / "search", *budget, "--lengths", "256", "--longest")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -49,8 +49,6 @@ BY_DEFAULT = list(CASES)[:3]
 def cell(case: str, num_tokens: int, lengths: list[int] | None = None) -> dict[str, Any]:
     settings: Any = {"precision": "fp32"} | CASES[case]
     made = document(num_tokens, **settings)
-    if "zero_optimization" in made:
-        made["zero_optimization"] = made["zero_optimization"] | {"reduce_bucket_size": 500_000}
     config = SHAPE | {"model_type": "llama", "max_position_embeddings": 2 * num_tokens}
     return {"config": config, "document": made, "lengths": lengths or [num_tokens]}
 

@@ -173,10 +173,19 @@ def test_stages_1_and_2_change_the_adapters_part_alone(tmp_path):
 
 
 def test_the_reduction_buckets_are_of_the_configured_size(tmp_path):
-    """DeepSpeed takes them whole, however little there is to reduce: 1 GB at its default."""
+    """DeepSpeed takes them whole, however little there is to reduce."""
     for stage, overlaps, count in ((1, False, 1), (2, True, 2), (3, True, 1)):
         _, made = small(tmp_path, stage, overlap_comm=overlaps)
         assert made.components["gpu"]["DeepSpeed's buffers"] == count * 2 * 10_000_000
+
+
+def test_a_document_that_names_no_size_gets_buckets_as_large_as_the_adapter(tmp_path):
+    """DeepSpeed's default of 5e8 elements takes 1 GB for them."""
+    numel = 10 * (10 * 64 + 4)  # ten layers with ten prompts of 64 and a gate for each of four heads
+    for size in ({}, {"reduce_bucket_size": "auto"}):
+        run = run_of(tmp_path, document(256, "v1", zero_optimization={"stage": 3} | size))
+        made = estimate(run, llama(SMALL), device="cuda")
+        assert made.components["gpu"]["DeepSpeed's buffers"] == 2 * numel
 
 
 def test_stage_3_divides_the_weights_among_ranks(tmp_path):

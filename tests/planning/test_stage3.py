@@ -25,7 +25,7 @@ def test_the_live_parameters_are_no_more_than_planned(tmp_path):
     """Every module fetches ahead: at its defaults stage 3 has a billion parameters whole, 2 GB at 7B."""
     cells: list[dict[str, Any]] = []
     for zero in CASES.values():
-        block = {"stage": 3, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 2000}
+        block = {"stage": 3, "stage3_param_persistence_threshold": 2000}
         made = document(128, checkpointing={}, zero_optimization=block | zero)
         config = SHAPE | {"model_type": "llama", "max_position_embeddings": 256}
         cells.append({"config": config, "document": made})
