@@ -105,9 +105,9 @@ def add_run_flags(flags: argparse.ArgumentParser, without: Collection[str] = ())
     add("--norm_tile", type=int, metavar="N", help="tokens in a norm at a time; 0 is all")
     add(
         "--head_groups",
-        type=int,
+        type=_count_or_auto,
         metavar="N",
-        help="groups of heads, one at a time; 0 is transformers' layer",
+        help="groups of heads, one at a time; 0 is transformers' layer, auto is 0 unless only groups fit",
     )
     add(
         "--nvme_path",
@@ -172,6 +172,10 @@ def make_room_for(flag: str, file: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         raise ConfigError(f"{flag} {file}: cannot be written ({error.strerror}); name a file") from error
+
+
+def _count_or_auto(value: str) -> int | Literal["auto"]:
+    return "auto" if value == "auto" else int(value)
 
 
 def _resume(value: str) -> Literal["auto"] | Path:

@@ -10,6 +10,7 @@ from sparse_llama.planning.search import Longest, Planner
 from sparse_llama.planning.shapes import Base
 from sparse_llama.reporting.rates import Rates
 from sparse_llama.reporting.tables import format_bytes, format_seconds, format_share
+from sparse_llama.training.report import memory_line
 
 _SHOWN = 14  # tensors; the rest is one line
 _FIXED = ("weights", "adapters", "gradients", "optimizer", "DeepSpeed's buffers", "libraries")
@@ -36,21 +37,6 @@ def run_rows(plan: Plan, planner: Planner) -> list[tuple[str, str]]:
         ("memory", memory_line(run)),
         ("hardware", hardware_line(planner.hardware)),
     ]
-
-
-def memory_line(run: Run) -> str:
-    """Return the levers that are on."""
-    block, memory = run.checkpointing, run.settings.memory
-    parts: list[str] = []
-    if block is not None:
-        where = "host" if block.cpu_checkpointing else "GPU"
-        where = "drive" if memory.checkpoint_nvme_path is not None else where
-        kept = "" if block.number_checkpoints is None else f", {block.number_checkpoints} kept"
-        parts.append(f"checkpoints on the {where}{kept}")
-    for name in ("loss_tile", "mlp_tile", "norm_tile", "head_groups"):
-        value = getattr(memory, name)
-        parts += [] if value is None else [f"{name} {value:,}"]
-    return ", ".join(parts) or "no lever"
 
 
 def hardware_line(hardware: Hardware) -> str:

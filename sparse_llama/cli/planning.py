@@ -69,12 +69,14 @@ def plan_memory(arguments: argparse.Namespace) -> None:
     run = load_run(arguments.ds_config, flags, arguments.ranks, is_main=False, is_here=False)
 
     from sparse_llama.cli.plan_book import PlanBook
+    from sparse_llama.planning.quick import settle
     from sparse_llama.planning.search import Planner
     from sparse_llama.planning.shapes import find_base
 
     book = PlanBook()
     base = find_base(run.settings.model)
     planner = Planner(base.config, _hardware(arguments, run), arguments.ranks)
+    run = settle(run, planner)
     _show_plan(run, base, planner, _rates(arguments, planner.hardware), book)
     if arguments.variants:
         _show_variants(arguments, planner, book)
@@ -229,6 +231,7 @@ def _show_variants(arguments: argparse.Namespace, planner: "Planner", book: "Pla
     from sparse_llama.cli import plan_report
     from sparse_llama.config.run import load_run
     from sparse_llama.planning.plan import make_plan, plan_to_json
+    from sparse_llama.planning.quick import settle
 
     flags, rates = overrides(arguments), _rates(arguments, planner.hardware)
     plans: dict[str, Plan] = {}
@@ -236,6 +239,7 @@ def _show_variants(arguments: argparse.Namespace, planner: "Planner", book: "Pla
         for attention in ("dense", "sparse"):
             asked = replace(flags, adapter=adapter, attention=attention)
             run = load_run(arguments.ds_config, asked, arguments.ranks, is_main=False, is_here=False)
+            run = settle(run, planner)
             plans[f"{adapter}, {attention}"] = make_plan(run, planner, rates)
     book.columns("variants", *plan_report.variant_table(plans))
     book.content["variants"] = [

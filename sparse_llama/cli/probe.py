@@ -67,6 +67,11 @@ def probe_memory(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
     budget = budget_bytes(arguments.budget_gib)
     run = load_run(arguments.ds_config, overrides(arguments), arguments.ranks, is_main=False)
+    if run.settings.memory.head_groups == "auto":
+        raise ConfigError(
+            'sparse_llama.memory.head_groups: "auto" is what a plan makes of it, and a probe measures one '
+            "setting; give a number with --head_groups, 0 for none"
+        )
 
     from sparse_llama.planning.probe import Cell, Probe
     from sparse_llama.planning.probe_report import show_longest, show_probe

@@ -50,9 +50,8 @@ def train(arguments: argparse.Namespace) -> None:
     from sparse_llama.training.loop import fit  # seconds: torch, transformers, deepspeed
     from sparse_llama.training.out_of_memory import RunOutOfMemoryError
 
-    if is_main() and not arguments.ignore_plan:
-        _refuse_what_cannot_fit(run)
     try:
+        run = _planned(run, is_refused=not arguments.ignore_plan)
         fit(run, num_retries=arguments.retry)
         return
     except RunOutOfMemoryError as error:
@@ -62,15 +61,45 @@ def train(arguments: argparse.Namespace) -> None:
     _act(run, shortage, arguments)
 
 
-def _refuse_what_cannot_fit(run: "Run") -> None:
+def _planned(run: "Run", *, is_refused: bool) -> "Run":
+    """Return ``run`` with what it leaves to its plan, the same on all ranks.
+
+    Raises:
+        ConfigError: on the main rank, if a run that cannot fit ``is_refused``.
+    """
+    is_left_to_plan = run.settings.memory.head_groups == "auto"
+    if is_main() and (is_left_to_plan or is_refused):
+        run = _plan(run, is_refused=is_refused)
+    return _as_planned_on_main(run) if is_left_to_plan else run
+
+
+def _plan(run: "Run", *, is_refused: bool) -> "Run":
     from sparse_llama.planning.hardware import this_machine
-    from sparse_llama.planning.quick import check_fits
+    from sparse_llama.planning.quick import check_fits, settle
+    from sparse_llama.planning.search import Planner
     from sparse_llama.planning.shapes import find_base
 
     config = find_base(run.settings.model).config  # a plan needs no weights, nor their download
-    refusal = check_fits(run, config, this_machine(), world_size())
+    planner = Planner(config, this_machine(), world_size())
+    run = settle(run, planner)
+    refusal = check_fits(run, planner) if is_refused else None
     if refusal is not None:
         raise ConfigError(f"{run.name}: {refusal.message}; --ignore_plan starts it anyway")
+    return run
+
+
+def _as_planned_on_main(run: "Run") -> "Run":
+    """Return ``run`` with the main rank's ``head_groups``: free memory differs between ranks, layers must
+    not."""
+    import torch
+
+    from sparse_llama.distributed import ranks
+    from sparse_llama.planning.quick import with_head_groups
+
+    ranks.initialize()
+    planned = (run.settings.memory.num_head_groups or 0) if is_main() else 0
+    count = ranks.broadcast_from_main(torch.tensor(planned, device=ranks.device()))
+    return with_head_groups(run, int(count) or None)
 
 
 def _act(run: "Run", shortage: "Shortage", arguments: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ class Overrides:
     loss_tile: int | None = None
     mlp_tile: int | None = None
     norm_tile: int | None = None
-    head_groups: int | None = None
+    head_groups: int | Literal["auto"] | None = None
     seq_length: int | None = None
     micro_batch_size: int | None = None
     """Rows in the model at a time; a step keeps its rows, in more or fewer micro-batches."""
@@ -61,7 +61,7 @@ def check_flags(flags: Overrides) -> None:
     at_least |= dict.fromkeys(("steps", "epochs", "number_checkpoints", "micro_batch_size"), 1)
     for name, least in (at_least | dict.fromkeys(LEVERS, 0)).items():
         value = getattr(flags, name)
-        if value is not None and not least <= value < 2**63:
+        if value not in (None, "auto") and not least <= value < 2**63:
             raise ConfigError(f"--{name}: must be >= {least} and < 2**63, got {value}")
     if flags.lr is not None and not 0 < flags.lr < float("inf"):
         raise ConfigError(f"--lr: must be > 0, got {flags.lr}")

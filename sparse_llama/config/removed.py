@@ -85,6 +85,7 @@ AUTO_PATHS = frozenset(
         "scheduler.params.total_num_steps",
         "scheduler.params.warmup_max_lr",
         "sparse_llama.attention.backend",
+        "sparse_llama.memory.head_groups",
         "sparse_llama.model.rope_parameters.factor",
         "zero_optimization.reduce_bucket_size",
     }

@@ -197,12 +197,21 @@ class MemorySettings(Section):
     norm_tile: int | None = Field(default=None, ge=1)
     """Tokens that go through a norm at a time; null is all of a micro-batch."""
 
-    head_groups: int | None = Field(default=None, ge=1)
+    head_groups: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)] | None, either('an integer >= 1 or "auto"')
+    ] = None
     """Compute each decoder layer as one function of three passes, with the attention of this many groups of
-    heads one after the other; null is transformers' layer."""
+    heads one after the other; null is transformers' layer, "auto" the fewest groups with which the run is
+    planned to fit, and null where it fits without."""
 
     checkpoint_nvme_path: str | None = None
     """Folder on a drive that layer inputs move on to from host memory; null keeps them there."""
+
+    @property
+    def num_head_groups(self) -> int | None:
+        """``head_groups`` once a plan has settled it."""
+        assert self.head_groups != "auto", "a run is settled (planning.quick) before anything is made of it"
+        return self.head_groups
 
 
 class AttentionSettings(Section):

@@ -112,11 +112,12 @@ def group_heads(model: LlamaForCausalLM, settings: MemorySettings) -> None:
     Raises:
         ConfigError: the heads cannot be grouped so.
     """
-    if settings.head_groups is None:
+    num_groups = settings.num_head_groups
+    if num_groups is None:
         return
     layers: Any = model.model.layers
     for index, layer in enumerate(layers):
-        layers[index] = HeadGroupLayer(layer, settings.head_groups, settings.mlp_tile or DEFAULT_TILE)
+        layers[index] = HeadGroupLayer(layer, num_groups, settings.mlp_tile or DEFAULT_TILE)
 
 
 class _GroupedLayer(torch.autograd.Function):

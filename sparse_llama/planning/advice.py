@@ -78,7 +78,7 @@ def corrected(
 def _share_done(run: Run, num_layers: int, shortage: Shortage) -> float:
     """Return which part of the planned peak had built up: a forward pass that keeps everything adds the same
     with every layer, what came before the first being small beside it."""
-    keeps = run.checkpointing is None and run.settings.memory.head_groups is None
+    keeps = run.checkpointing is None and run.settings.memory.num_head_groups is None
     layer = re.match(r"model\.layers\.(\d+)", shortage.module or "")
     if shortage.phase != FORWARD or not keeps or layer is None:
         return 1.0

@@ -93,7 +93,7 @@ def run_step(shape: StepShape) -> Trace:
         shape.config,
         dtype=shape.dtype,
         target=shape.target,
-        head_groups=shape.memory.head_groups,
+        head_groups=shape.memory.num_head_groups,
     )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     is_meta = shape.target == "meta"

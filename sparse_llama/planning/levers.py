@@ -201,22 +201,32 @@ def num_trained_layers(run: Run, config: LlamaConfig) -> int:
     return len(run.settings.adapter.adapted_layers(config.num_hidden_layers))
 
 
-def group_counts(config: LlamaConfig) -> tuple[int, ...]:
+def group_counts(config: LlamaConfig, sharing: int = 1) -> tuple[int, ...]:
     """Return in how many groups of heads a layer of this model is proposed to be computed: 4 and 8, or 2
-    where 4 is too many; none where it has one head."""
+    where 4 is too many; none where it has one head.
+
+    Args:
+        sharing: sequence-parallel ranks, which share out the heads of each group.
+    """
     num_heads = config.num_attention_heads
-    allowed = head_shares(num_heads, config.num_key_value_heads or num_heads)
-    counts = [count for count in (2, 4, 8) if count in allowed]
+    num_kv_heads = config.num_key_value_heads or num_heads
+    counts = [
+        count
+        for count in (2, 4, 8)
+        if count in head_shares(num_heads, num_kv_heads)
+        and sharing in head_shares(num_heads // count, max(1, num_kv_heads // count))
+    ]
     return tuple(counts[-2:] if counts[-1:] == [8] else counts[-1:])
 
 
-def ladder(device: str, config: LlamaConfig, num_trained: int) -> tuple[Rung, ...]:
+def ladder(device: str, config: LlamaConfig, num_trained: int, sharing: int = 1) -> tuple[Rung, ...]:
     """Return the rungs, each holding those before it but for the weights: they are streamed in the last ones
     alone, beside the simple layer and beside the one of head groups. On a CPU, whose memory is the host's,
     there is nowhere to move to.
 
     Args:
         num_trained: layers whose inputs a checkpoint keeps.
+        sharing: sequence-parallel ranks.
     """
     simple = (checkpoint("gpu"), tile("loss_tile"), tile("mlp_tile"), tile("norm_tile"))
     names = ("nothing", "a checkpoint per layer", "+ tiled loss", "+ tiled MLP", "+ tiled norm")
@@ -224,7 +234,8 @@ def ladder(device: str, config: LlamaConfig, num_trained: int) -> tuple[Rung, ..
     host = (*simple, checkpoint("cpu")) if device == "cuda" else simple
     if device == "cuda":
         rungs.append(("+ checkpoints on the host", host))
-    rungs += [(f"+ {groups} head groups", (*host, head_groups(groups))) for groups in group_counts(config)]
+    counts = group_counts(config, sharing)
+    rungs += [(f"+ {groups} head groups", (*host, head_groups(groups))) for groups in counts]
     if device == "cuda":
         last = len(rungs) - 1
         rungs.append(("rung 5, weights streamed", (*host, STREAMED)))

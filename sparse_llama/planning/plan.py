@@ -92,7 +92,8 @@ def climb(run: Run, planner: Planner) -> list[RungLength]:
     """Return the longest row of every rung of the ladder, for a run of these micro-batches."""
     found: list[RungLength] = []
     start: int | None = None
-    for rung in ladder(planner.hardware.device, planner.config, num_trained_layers(run, planner.config)):
+    num_trained, sharing = num_trained_layers(run, planner.config), run.sequence_parallel_size
+    for rung in ladder(planner.hardware.device, planner.config, num_trained, sharing):
         lever = rung.lever(run)
         on_rung = lever.apply(run)
         longest = planner.longest(on_rung, start=start, precision=ROUGH)

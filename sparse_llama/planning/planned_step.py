@@ -117,7 +117,7 @@ def forward_passes(run: Run, num_trained: int) -> float:
     """Return how often each of the ``num_trained`` layers that train runs forward in a micro-step: again
     under a checkpoint or in head groups, and once more where its input was not kept."""
     block = run.checkpointing
-    passes = 1.0 if block is None and run.settings.memory.head_groups is None else 2.0
+    passes = 1.0 if block is None and run.settings.memory.num_head_groups is None else 2.0
     if block is not None:
         every = inputs_every(num_trained, block.number_checkpoints)
         passes += (every - 1) / every

@@ -4,7 +4,8 @@ Costs nothing where a run obviously fits: an upper bound in closed form decides,
 traced, in seconds.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
@@ -65,14 +66,19 @@ class Refusal:
     """Smallest first."""
 
     @property
-    def message(self) -> str:
-        """One line: what is needed, what is there, what to do."""
+    def shortage(self) -> str:
+        """What is needed and what is there."""
         parts = self.estimate.components.get(self.place, {})
         largest = max(parts, key=lambda name: parts[name], default="")
         most = f", {format_bytes(parts[largest])} of it {largest}" if largest else ""
         what = {"gpu": "of GPU memory", "host": "of host memory", "disk": "on the drive"}[self.place]
         there = format_bytes(self.usable_bytes)
-        line = f"this run needs {format_bytes(self.needed_bytes)} {what}{most}, and {there} can be used"
+        return f"this run needs {format_bytes(self.needed_bytes)} {what}{most}, and {there} can be used"
+
+    @property
+    def message(self) -> str:
+        """One line: what is needed, what is there, what to do."""
+        line = self.shortage
         same = [change for change in self.changes if change.is_same_run]
         if same:
             return f"{line}; the smallest change that fits: {same[0]} ({same[0].sentence})"
@@ -81,29 +87,51 @@ class Refusal:
         return f"{line}; no setting makes it fit; use a smaller base, or a larger machine"
 
 
-def check_fits(run: Run, config: LlamaConfig, hardware: Hardware, ranks: int = 1) -> Refusal | None:
-    """Return why ``run`` cannot fit ``hardware``; None where it fits.
+def check_fits(run: Run, planner: Planner) -> Refusal | None:
+    """Return why ``run`` cannot fit; None where it fits."""
+    return None if _fits(run, planner) else refusal(run, planner)
 
-    Args:
-        ranks: processes of the run on this machine.
-    """
-    if upper_bound_bytes(run, config, hardware, ranks) <= _least_usable(hardware):
-        return None
-    planner = Planner(config, hardware, ranks)
-    made = planner.at(run)
-    if planner.fits(made):
-        return None
-    return refusal(run, planner)
+
+def settle(run: Run, planner: Planner) -> Run:
+    """Return ``run`` with what it leaves to its plan: ``head_groups`` "auto" is none where the run fits
+    without, else the fewest with which it fits. Where no number of them is enough it is none, and the run's
+    refusal has what would be."""
+    if run.settings.memory.head_groups != "auto":
+        return run
+    simple = with_head_groups(run, None)
+    if _fits(simple, planner):
+        return simple
+    for count in group_counts(planner.config, run.sequence_parallel_size):
+        grouped = with_head_groups(run, count)
+        if planner.fits(planner.at(grouped)):
+            shortage = _refusal(simple, planner, ()).shortage
+            notice = f'sparse_llama.memory.head_groups: "auto" is {count}; without them {shortage}'
+            return replace(grouped, notices=(*run.notices, notice))
+    return simple
+
+
+def with_head_groups(run: Run, count: int | None) -> Run:
+    """Return ``run`` with its layers computed by ``count`` groups of heads; None is transformers' layer."""
+    memory = run.settings.memory.model_copy(update={"head_groups": count})
+    return replace(run, settings=run.settings.model_copy(update={"memory": memory}))
+
+
+def _fits(run: Run, planner: Planner) -> bool:
+    bound = upper_bound_bytes(run, planner.config, planner.hardware, planner.ranks)
+    return bound <= _least_usable(planner.hardware) or planner.fits(planner.at(run))
 
 
 def refusal(run: Run, planner: Planner) -> Refusal:
     """Return the refusal of a run that does not fit."""
+    return _refusal(run, planner, find_changes(run, planner))
+
+
+def _refusal(run: Run, planner: Planner, changes: Sequence[Change]) -> Refusal:
     made = planner.at(run)
     place = planner.binds(made)
     usable = planner.hardware.usable_bytes(place)
     assert usable is not None, "a place without a limit binds nothing"
-    changes = tuple(find_changes(run, planner))
-    return Refusal(place, planner.needs(made)[place], usable, made, changes)
+    return Refusal(place, planner.needs(made)[place], usable, made, tuple(changes))
 
 
 def smallest_changes(
@@ -143,8 +171,8 @@ def candidates(run: Run, planner: Planner) -> list[Lever]:
     levers += [tile(name) for name in late if getattr(memory, name) is None]
     if block is None and on_gpu:
         levers.append(checkpoint("cpu"))
-    counts = group_counts(planner.config)
-    levers += [head_groups(count) for count in counts if (memory.head_groups or 1) < count]
+    counts = group_counts(planner.config, run.sequence_parallel_size)
+    levers += [head_groups(count) for count in counts if (memory.num_head_groups or 1) < count]
     if on_gpu and "offload_param" not in run.deepspeed["zero_optimization"]:
         levers.append(STREAMED)
     levers += [] if block is None else _fewer_checkpoints(run, planner)

@@ -14,8 +14,9 @@ from sparse_llama.distributed import ranks
 from sparse_llama.evaluation.exact_match import spread
 from sparse_llama.reporting.tables import format_bytes, format_seconds, format_share, show_columns, show_table
 from sparse_llama.training.checkpoint import Position
+from sparse_llama.training.engine import count_elements
 from sparse_llama.training.metrics import device_name, git_commit, peak_memory_bytes, versions
-from sparse_llama.training.session import Session, count_elements
+from sparse_llama.training.session import Session
 from sparse_llama.training.validation import Validation
 
 
@@ -35,7 +36,7 @@ def show_start(console: Console, session: Session) -> None:
         ("steps", str(session.total_steps)),
         ("precision", run.precision),
         ("ZeRO stage", f"{run.zero_stage}{'' if run.offload == 'none' else f', offload to {run.offload}'}"),
-        ("checkpointing", "every adapted layer" if run.checkpointing is not None else "off"),
+        ("memory", memory_line(run)),
         ("device", device_name()),
         ("output", str(run.output_dir)),
     ]
@@ -56,6 +57,21 @@ def _processes(run: Run) -> str:
         groups = number // sharing
         return f"{groups} group{'s' if groups > 1 else ''} of {sharing} processes that share each row"
     return f"{number} process{'es' if number > 1 else ''}"
+
+
+def memory_line(run: Run) -> str:
+    """Return the levers that are on."""
+    block, memory = run.checkpointing, run.settings.memory
+    parts: list[str] = []
+    if block is not None:
+        where = "host" if block.cpu_checkpointing else "GPU"
+        where = "drive" if memory.checkpoint_nvme_path is not None else where
+        kept = "" if block.number_checkpoints is None else f", {block.number_checkpoints} kept"
+        parts.append(f"checkpoints on the {where}{kept}")
+    for name in ("loss_tile", "mlp_tile", "norm_tile", "head_groups"):
+        value = getattr(memory, name)
+        parts += [] if value is None else [f"{name} {value:,}"]
+    return ", ".join(parts) or "no lever"
 
 
 def attention_line(session: Session) -> str:

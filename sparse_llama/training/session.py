@@ -73,7 +73,7 @@ def prepare(run: Run, console: Console) -> Session:
         config.num_attention_heads,
         config.num_key_value_heads or config.num_attention_heads,
         sharing,
-        num_groups=settings.memory.head_groups or 1,
+        num_groups=settings.memory.num_head_groups or 1,
     )
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size)

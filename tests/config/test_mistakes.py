@@ -12,7 +12,8 @@ from sparse_llama.config.section import Section
 
 AUTO_PLACES = (
     "scheduler.params.total_num_steps, scheduler.params.warmup_max_lr, sparse_llama.attention.backend, "
-    "sparse_llama.model.rope_parameters.factor, zero_optimization.reduce_bucket_size"
+    "sparse_llama.memory.head_groups, sparse_llama.model.rope_parameters.factor, "
+    "zero_optimization.reduce_bucket_size"
 )
 COMMENT = 'leave it out, or start it with "_" to make it a comment'
 

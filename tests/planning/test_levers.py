@@ -146,13 +146,22 @@ def test_numbers_are_read_aloud():
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "counts"),
-    [(32, 32, (4, 8)), (32, 8, (4, 8)), (4, 2, (4,)), (2, 2, (2,)), (1, 1, ())],
+    ("heads", "kv_heads", "sharing", "counts"),
+    [
+        (32, 32, 1, (4, 8)),
+        (32, 8, 1, (4, 8)),
+        (4, 2, 1, (4,)),
+        (2, 2, 1, (2,)),
+        (1, 1, 1, ()),
+        (32, 32, 4, (4, 8)),
+        (32, 32, 8, (4,)),  # a group of 8 has four heads, for eight ranks
+        (32, 32, 32, ()),
+    ],
 )
 def test_groups_of_heads_are_proposed_that_the_model_can_have(
-    heads: int, kv_heads: int, counts: tuple[int, ...]
+    heads: int, kv_heads: int, sharing: int, counts: tuple[int, ...]
 ):
     config = LlamaConfig(hidden_size=64, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    assert group_counts(config) == counts
-    names = [rung.name for rung in ladder("cuda", config, 32)]
+    assert group_counts(config, sharing) == counts
+    names = [rung.name for rung in ladder("cuda", config, 32, sharing)]
     assert [name for name in names if "head groups" in name] == [f"+ {count} head groups" for count in counts]

@@ -9,10 +9,9 @@ import pytest
 from shipped_runs import A100, estimator, ladder_of_v1, run_of, seven_b
 
 from sparse_llama.config.run import Overrides, Run, load_run
-from sparse_llama.planning import quick
 from sparse_llama.planning.estimate import estimate
 from sparse_llama.planning.hardware import GIB, Hardware
-from sparse_llama.planning.quick import check_fits, refusal, smallest_changes, upper_bound_bytes
+from sparse_llama.planning.quick import check_fits, refusal, settle, smallest_changes, upper_bound_bytes
 from sparse_llama.planning.search import Planner, at_length
 from sparse_llama.planning.shapes import find_base
 
@@ -108,6 +107,21 @@ def test_a_refusal_is_one_line_with_the_need_the_budget_and_the_smallest_change(
         assert part in told.message
 
 
+@pytest.mark.parametrize(("tokens", "count"), [(100_000, None), (300_000, 4), (10_000_000, None)])
+def test_head_groups_are_on_by_themselves_where_only_they_make_a_run_fit(tokens: int, count: int | None):
+    """It stays off where the run fits without, and where no number of groups is enough."""
+    planner = Planner(seven_b(), A100, estimator=estimator(ladder_of_v1))
+    levers: dict[str, Any] = {"checkpointing": "cpu", "loss_tile": 2048, "mlp_tile": 2048, "norm_tile": 2048}
+    run = run_of_one_row(tokens, **levers, head_groups="auto")
+    settled = settle(run, planner)
+    assert settled.settings == run_of_one_row(tokens, **levers, head_groups=count).settings
+    assert len(settled.notices) == len(run.notices) + (count is not None)
+    if count is not None:
+        assert "GiB of GPU memory" in settled.notices[-1]
+        assert not planner.fits(planner.at(run_of_one_row(tokens, **levers)))
+    assert settle(settled, planner) is settled
+
+
 def test_a_run_that_obviously_fits_is_not_traced(monkeypatch: pytest.MonkeyPatch):
     """The demo must not start later for being planned."""
 
@@ -118,16 +132,16 @@ def test_a_run_that_obviously_fits_is_not_traced(monkeypatch: pytest.MonkeyPatch
     run = load_run(None, Overrides(output_dir=Path("nowhere")), 1, is_main=False)
     config = find_base(run.settings.model).config
     started = time.perf_counter()
-    assert check_fits(run, config, Hardware(None, 8 * GIB)) is None
+    assert check_fits(run, Planner(config, Hardware(None, 8 * GIB))) is None
     assert time.perf_counter() - started < 0.05
     with pytest.raises(AssertionError, match="closed form"):
-        check_fits(run_of(), seven_b(), A100)
+        check_fits(run_of(), Planner(seven_b(), A100))
 
 
-def test_a_run_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quick, "Planner", lambda *args: Planner(*args, estimator=estimator(ladder_of_v1)))
-    assert check_fits(run_of_one_row(30_000), seven_b(), A100) is None
-    refused = check_fits(run_of_one_row(60_000), seven_b(), A100)
+def test_a_run_that_does_not_fit_is_refused():
+    planner = Planner(seven_b(), A100, estimator=estimator(ladder_of_v1))
+    assert check_fits(run_of_one_row(30_000), planner) is None
+    refused = check_fits(run_of_one_row(60_000), planner)
     assert refused is not None
     assert refused.changes[0].flags == ("--loss_tile", "2048")
 
