@@ -6,6 +6,7 @@ command runs as the only process of a job of one, on a port that the kernel pick
 
 import os
 import socket
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -60,6 +61,8 @@ def initialize() -> None:
     import deepspeed  # takes 2 s: only when a process group is needed
 
     deepspeed.init_distributed(verbose=False)
+    if device().type == "cpu":
+        _unlink_shared_buffer()
 
 
 def finalize() -> None:
@@ -104,6 +107,19 @@ def environment_without_job() -> dict[str, str]:
     """Return this process' environment without what makes it a part of its job: that of one which starts a
     job of its own."""
     return {name: value for name, value in os.environ.items() if name not in _JOB}
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name off DeepSpeed's shared memory, so that it goes when its processes do.
+
+    DeepSpeed 0.19.8 (``csrc/cpu/comm/shm.cpp``, ``shm_initialize``) leaves 66 MiB of memory for every process
+    of every job that was ever run on a machine, and a later job on the same port would open them as its own.
+    """
+    if world_size() > 1:
+        dist.barrier()  # every process has opened the others' by name
+    variables = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = "_".join(("deepspeed_allreduce_buffer", str(os.getuid()), *variables, str(rank())))
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _share_cores() -> None:
