@@ -5,7 +5,6 @@ Every measurement is a process of its own under one budget (``planning.probe``);
 result. The base is small and its vocabulary is not, so that logits weigh as they do in a large model.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,9 +13,16 @@ from typing import Any
 
 from sparse_llama.benchmark.shapes import Shape
 from sparse_llama.config.flags import Overrides
-from sparse_llama.errors import ConfigError
 from sparse_llama.planning.levers import TILE
-from sparse_llama.planning.probe import CRASHED, OUT_OF_MEMORY, Figures, Outcome, Probe, measure, run_module
+from sparse_llama.planning.probe import (
+    CRASHED,
+    OUT_OF_MEMORY,
+    Outcome,
+    Probe,
+    measure,
+    read_saved,
+    run_module,
+)
 from sparse_llama.planning.probe import Cell as ProbeCell
 from sparse_llama.training.metrics import write_json
 
@@ -162,43 +168,29 @@ class MemoryBook:
             ConfigError: the file holds other measurements.
         """
         self._identity = identity
-        if not self.file.is_file():
-            return 0
-        try:
-            saved = json.loads(self.file.read_text(encoding="utf-8"))
-            found, cells, longest = saved["sizes"], saved["cells"], saved["planned_longest"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self.file}: not a readable benchmark ({type(error).__name__}: {error}); start anew with "
-                "--overwrite, or name another folder with --output_dir"
-            ) from None
-        if found != identity:
-            differing = ", ".join(key for key in identity if found.get(key) != identity[key])
-            raise ConfigError(
-                f"{self.file}: measured otherwise ({differing}); start anew with --overwrite, or name "
-                "another folder with --output_dir"
-            )
-        for entry in cells:
-            figures = None if entry["figures"] is None else Figures(**entry["figures"])
-            outcome = Outcome(entry["status"], entry["reason"], figures, entry["planned_bytes"])
+        saved = read_saved(self.file, identity)
+        for entry in saved["cells"]:
+            outcome = Outcome.of_json(entry)
             cell = MemoryCell(Contender(entry["contender"], entry["rung"]), entry["num_tokens"])
             if outcome.status != CRASHED:
                 self.cells[cell] = MeasuredCell(outcome, entry["elapsed_s"])
-        self.longest = {Contender(one["contender"], one["rung"]): one["num_tokens"] for one in longest}
+        self.longest = {
+            Contender(one["contender"], one["rung"]): one["num_tokens"] for one in saved["longest"]
+        }
         return len(self.cells)
 
     def save(self, provenance: dict[str, Any]) -> None:
         """Write the file."""
         content = {
             "provenance": provenance,
-            "sizes": self._identity,
+            "identity": self._identity,
             "cells": [
                 {"contender": cell.contender.kind, "rung": cell.contender.rung, "num_tokens": cell.num_tokens}
                 | {"elapsed_s": one.elapsed_s}
                 | asdict(one.outcome)
                 for cell, one in self.cells.items()
             ],
-            "planned_longest": [
+            "longest": [
                 {"contender": one.kind, "rung": one.rung, "num_tokens": length}
                 for one, length in self.longest.items()
             ],

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from sparse_llama.config.flags import Overrides
 from sparse_llama.config.run import Run, load_run
@@ -77,6 +77,12 @@ class Outcome:
     def fits(self) -> bool:
         return self.status == FITS
 
+    @classmethod
+    def of_json(cls, entry: Mapping[str, Any]) -> Self:
+        """Return the outcome of which ``asdict`` is in ``entry``."""
+        figures = None if entry["figures"] is None else Figures(**entry["figures"])
+        return cls(entry["status"], entry["reason"], figures, entry["planned_bytes"])
+
 
 @dataclass
 class Probe:
@@ -129,29 +135,11 @@ class Probe:
             ConfigError: the file holds another run's.
         """
         self._identity = json.loads(json.dumps(identity, default=str))
-        if not self.file.is_file():
-            return 0
-        try:
-            saved = json.loads(self.file.read_text(encoding="utf-8"))
-            found, cells = saved["run"], saved["cells"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self.file}: not a readable probe ({type(error).__name__}: {error}); delete it, or name "
-                "another folder with --output_dir"
-            ) from None
-        if found != self._identity:
-            differing = ", ".join(
-                sorted(key for key in self._identity if found.get(key) != self._identity[key])
-            )
-            raise ConfigError(
-                f"{self.file}: holds the probe of another run (other {differing}); name another folder with "
-                "--output_dir, or start anew with --overwrite"
-            )
-        for entry in cells:
+        saved = read_saved(self.file, self._identity)
+        for entry in saved["cells"]:
             cell = Cell(entry["zero_stage"], entry["offload"], entry["num_tokens"])
-            figures = None if entry["figures"] is None else Figures(**entry["figures"])
-            self.outcomes[cell] = Outcome(entry["status"], entry["reason"], figures, entry["planned_bytes"])
-        return len(cells)
+            self.outcomes[cell] = Outcome.of_json(entry)
+        return len(self.outcomes)
 
     def keep(self, cell: Cell, outcome: Outcome) -> None:
         """Take a cell's outcome into the table and the file."""
@@ -161,7 +149,7 @@ class Probe:
     def save(self) -> None:
         """Write the file."""
         content = {
-            "run": self._identity,
+            "identity": self._identity,
             "cells": [asdict(cell) | asdict(outcome) for cell, outcome in self.outcomes.items()],
             "longest": [
                 {"zero_stage": stage, "offload": offload, "num_tokens": length}
@@ -169,6 +157,34 @@ class Probe:
             ],
         }
         write_json(self.file, content)
+
+
+def read_saved(file: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measurements that an earlier call has left in ``file``, none where there is no file.
+
+    Args:
+        identity: what two calls must have in common for one to go on where the other stopped.
+
+    Raises:
+        ConfigError: the file cannot be read, or its measurements are of something else.
+    """
+    if not file.is_file():
+        return {"cells": [], "longest": []}
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        found, _ = saved["identity"], saved["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file}: no readable measurements ({type(error).__name__}: {error}); start anew with "
+            "--overwrite, or name another folder with --output_dir"
+        ) from None
+    if found != identity:
+        differing = ", ".join(sorted(key for key in identity if found.get(key) != identity[key]))
+        raise ConfigError(
+            f"{file}: holds measurements of another run (other {differing}); start anew with --overwrite, or "
+            "name another folder with --output_dir"
+        )
+    return saved
 
 
 def measure(probe: Probe, cell: Cell) -> Outcome:

@@ -206,7 +206,10 @@ def test_the_command_measures_saves_and_goes_on_where_it_stopped(
     assert json.loads((tmp_path / "memory_cpu.json").read_text(encoding="utf-8"))["cells"] == saved["cells"]
     with pytest.raises(SystemExit):
         benchmark(tmp_path, *asked, "--budget_gib", "1")
-    assert "measured otherwise (budget_bytes); start anew with --overwrite" in capsys.readouterr().err
+    assert (
+        "measurements of another run (other budget_bytes); start anew with --overwrite"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,5 +250,5 @@ def test_a_crash_is_tried_again_and_memory_that_ran_out_is_not(tmp_path: Path):
 def test_a_file_that_is_no_benchmark_is_refused(tmp_path: Path):
     made = book(tmp_path)
     made.file.write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match="not a readable benchmark"):
+    with pytest.raises(ConfigError, match="no readable measurements"):
         made.resume({})

@@ -99,7 +99,7 @@ def test_cells_are_measured_each_in_its_process_and_once(
     cli.main(cli.probe_memory, cli.probe_memory_parser("doc"), here)
     assert "6 cells are there already" in capsys.readouterr().out
     assert cells(tmp_path) == found
-    assert "holds the probe of another run (other sparse_llama)" in refusal(capsys, *here, "--adapter", "v1")
+    assert "of another run (other sparse_llama)" in refusal(capsys, *here, "--adapter", "v1")
 
 
 @pytest.mark.slow

@@ -107,14 +107,14 @@ def test_another_runs_file_is_not_gone_on_with(probe: Probe, tmp_path: Path):
     probe.resume({"name": "a", "budget_bytes": 1})
     probe.keep(Cell(1, "cpu", 64), FITTING)
     again = Probe(None, Overrides(), tmp_path, 2**30)
-    with pytest.raises(ConfigError, match=r"another run \(other budget_bytes\); name another .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"another run \(other budget_bytes\); start anew with --overwrite"):
         again.resume({"name": "a", "budget_bytes": 2})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"run": {}}'])
 def test_a_damaged_file_is_refused(probe: Probe, text: str):
     probe.file.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match="not a readable probe"):
+    with pytest.raises(ConfigError, match="no readable measurements"):
         probe.resume({})
 
 
