@@ -64,14 +64,14 @@ def memory_line(run: Run) -> str:
     block, memory = run.checkpointing, run.settings.memory
     parts: list[str] = []
     if block is not None:
-        where = "host" if block.cpu_checkpointing else "GPU"
-        where = "drive" if memory.checkpoint_nvme_path is not None else where
+        where = "on the host" if block.cpu_checkpointing else "beside the model"
+        where = "on the drive" if memory.checkpoint_nvme_path is not None else where
         kept = "" if block.number_checkpoints is None else f", {block.number_checkpoints} kept"
-        parts.append(f"checkpoints on the {where}{kept}")
+        parts.append(f"checkpoints {where}{kept}")
     for name in ("loss_tile", "mlp_tile", "norm_tile", "head_groups"):
         value = getattr(memory, name)
         parts += [] if value is None else [f"{name} {value:,}"]
-    return ", ".join(parts) or "no lever"
+    return ", ".join(parts) or "no checkpoints, no tiles"
 
 
 def attention_line(session: Session) -> str:
