@@ -74,8 +74,9 @@ def save_curves(rows: Sequence[Sequence[Panel]], title: str, file: Path) -> None
         for axes, panel in zip(axes_row, row, strict=True):
             _draw(axes, panel, colors, shown)
     figure.suptitle(textwrap.fill(title, 60 * len(rows[0])), fontsize=11)
+    ncols = min(4, 2 * len(rows[0]))  # what has room
     figure.legend(
-        shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        shown.values(), shown.keys(), loc="outside lower center", ncols=ncols, frameon=False, fontsize=9
     )
     try:
         figure.savefig(file)
