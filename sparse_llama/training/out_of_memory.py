@@ -27,7 +27,7 @@ from sparse_llama.model.assemble import assemble
 from sparse_llama.training.engine import start_engine
 from sparse_llama.training.held import LIBRARIES, held_bytes
 from sparse_llama.training.host_memory import private_bytes, private_limit_bytes, resident_bytes
-from sparse_llama.training.moment import Moment
+from sparse_llama.training.moment import BACKWARD, FORWARD, UPDATE, Moment
 
 REST = "activations and the rest"
 _CPU = re.compile(
@@ -101,7 +101,8 @@ class Shortage:
     @property
     def where(self) -> str:
         """The phase, with the step and the module where they are known."""
-        step = f"{' of' if self.batch else ' after'} step {self.step}" if self.step else ""
+        is_in_step = self.batch is not None or self.phase in (FORWARD, BACKWARD, UPDATE)
+        step = f"{' of' if is_in_step else ' after'} step {self.step}" if self.step else ""
         return f"{self.phase}{step}" + (f", in {self.module}" if self.module else "")
 
     def to_json(self) -> dict[str, Any]:
