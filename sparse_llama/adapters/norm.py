@@ -104,6 +104,12 @@ def normed_from(tensor: torch.Tensor) -> Normed | None:
     return normed if normed is not None and version == tensor._version else None
 
 
+def forget_norm(output: torch.Tensor) -> None:
+    """Let ``normed_from`` know nothing of a norm's output, as of a copy."""
+    if hasattr(output, _NOTE):
+        delattr(output, _NOTE)
+
+
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -26,6 +26,7 @@ from sparse_llama.model.objective import TokenLoss
 from sparse_llama.planning.cpu_temporaries import CPU_TEMPORARIES
 from sparse_llama.planning.labels import label_modules
 from sparse_llama.planning.prepared_attention import prepare_layouts
+from sparse_llama.planning.stage3 import hand_on_copies, linear_of_stage3
 from sparse_llama.planning.tracker import Journal, Kind, MemoryTracker, Place
 
 Target = Literal["meta", "cpu"]
@@ -48,6 +49,8 @@ class StepShape:
     num_labelled: int
     """Of this rank."""
     target: Target
+    is_stage3: bool = False
+    has_linear_of_stage3: bool = False
 
 
 class TracedParameter(NamedTuple):
@@ -102,7 +105,8 @@ def run_step(shape: StepShape) -> Trace:
     tracker = MemoryTracker(places, workspaces, fake if is_meta else None)
     below: AbstractContextManager[Any] = nullcontext() if is_meta else fake
     # what is drawn without data must not move the process' random numbers
-    with torch.random.fork_rng([]), below, tracker, sampled_tiles(tracker):
+    linear = linear_of_stage3() if shape.has_linear_of_stage3 else nullcontext()
+    with torch.random.fork_rng([]), below, tracker, sampled_tiles(tracker), linear:
         tracker.journal.begin("model")
         model, base = _make_model(shape, tracker)
         parameters = [
@@ -145,6 +149,8 @@ def _make_model(shape: StepShape, tracker: MemoryTracker) -> tuple[LlamaForCausa
             seed=0,
             dtype=shape.dtype,
         )
+    if shape.is_stage3:
+        hand_on_copies(model)
     for name, parameter in model.named_parameters():
         component = "adapters" if parameter.requires_grad else "weights"
         tracker.relabel(parameter, component, _without_index(name))

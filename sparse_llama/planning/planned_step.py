@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from sparse_llama.attention.documents import Documents, Group, whole_rows
 from sparse_llama.attention.interface import AttentionPlan
 from sparse_llama.config.run import Run
+from sparse_llama.config.zero import ZeroOptimization
 from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.memory.checkpointing import inputs_every
 from sparse_llama.model.assemble import DTYPES, plan_of_run
@@ -96,6 +97,7 @@ def plan_step(run: Run, config: LlamaConfig, device: str, batch: Batch) -> Plann
     sequence = None if ranks == 1 else SequenceParallel(ranks, 0)
     plan = plan_of_run(settings, run.layouts, config, num_tokens=documents.longest, sequence=sequence)
     sample = choose_layers(settings.adapter, run.checkpointing, plan.layers)
+    zero = ZeroOptimization.parse(run.deepspeed["zero_optimization"], "zero_optimization")
     few = config.to_dict() | {"num_hidden_layers": len(sample.layers), "rope_parameters": _ROPE}
     trace = run_step(
         StepShape(
@@ -108,6 +110,8 @@ def plan_step(run: Run, config: LlamaConfig, device: str, batch: Batch) -> Plann
             documents=documents,
             num_labelled=batch.num_labelled // ranks,
             target="meta" if device == "cuda" else "cpu",
+            is_stage3=zero.stage == 3,
+            has_linear_of_stage3=zero.stage == 3 and zero.memory_efficient_linear,
         )
     )
     return _complete(run, config, batch, plan, sample, trace)

@@ -136,8 +136,8 @@ def _move_weights(
 ) -> None:
     """Stage 3: every rank keeps a part of each parameter, and has whole those that it is about to use."""
     where = _offload_device(zero.offload_param)
-    if where == "none" and ranks == 1:
-        return  # whole where they are used: nothing is gathered (partition_parameters.py:74)
+    if ranks == 1 and (where == "none" or (where == "cpu" and here == "host")):
+        return  # whole where they are used: nothing is gathered or copied (partition_parameters.py:74)
     item = dtype.itemsize
     for one in parameters:
         memory.weights[one.kind] -= one.kind.num_bytes

@@ -37,6 +37,19 @@ def test_v1_keeps_what_the_frozen_base_keeps(tmp_path):
     assert plan_7b(tmp_path, 4096, "v1").saved_bytes_per_token_and_layer == expected + prompt / 4096
 
 
+def test_stage_3_keeps_the_input_of_every_linear_layer(tmp_path):
+    """DeepSpeed's linear function saves it, though a frozen weight needs it for nothing: both norms' outputs
+    and the MLP's product. The attention's output is there already."""
+    zero = {"stage": 3, "stage3_prefetch_bucket_size": 0}
+    plain, stage3 = (
+        plan_7b(tmp_path, 4096, "v1", zero_optimization=block).saved_bytes_per_token_and_layer
+        for block in ({"stage": 0}, zero)
+    )
+    assert stage3 - plain == 2 * 2 * C + 2 * F
+    plain = plan_7b(tmp_path, 4096, "v1", zero_optimization=zero | {"memory_efficient_linear": False})
+    assert stage3 - plain.saved_bytes_per_token_and_layer == 2 * 2 * C + 2 * F
+
+
 def test_v2_keeps_no_more_than_v1(tmp_path):
     """Memory trap 4: plain autograd would keep 235,016 bytes."""
     assert plan_7b(tmp_path, 4096, "v2").saved_bytes_per_token_and_layer <= 131_720
