@@ -120,11 +120,11 @@ def test_a_plan_as_json_holds_every_figure():
 @pytest.mark.slow
 def test_the_ladder_at_7b_shapes_is_the_one_that_was_measured():
     """v1, dense, by another program: an allocation trace of transformers' own modules under the same levers.
-    From rung 5 on one input is fetched ahead, 1 u more than there; 1.44 GB of weights are live when streamed.
-    """
+    From rung 5 on one input is fetched ahead, 1 u more than there; 1.44 GB of weights are live when streamed,
+    and stage 3's linear functions keep the input of q, k and v, which head groups do not use."""
     made = Planner(seven_b(), replace(A100, host_bytes=2000 * GIB))
     reached = [one.longest.num_tokens for one in climb(one_row(), made)]
     measured = [6_372, 43_086, 61_348, 68_968, 78_000]
     measured += [(USABLE - WEIGHTS) / (u * U) for u in (13.1 + 1, 6.47 + 1, 5.33 + 1)]
-    measured += [(USABLE - 1_440_000_000) / (u * U) for u in (13.1 + 1, 5.33 + 1)]
+    measured += [(USABLE - 1_440_000_000) / (u * U) for u in (13.1 + 2, 5.33 + 1)]
     assert reached[:10] == pytest.approx(measured, rel=0.05)
