@@ -174,7 +174,9 @@ def _markdown(book: MemoryBook, origin: Provenance, left_out: dict[str, str]) ->
         "",
         "## The longest row",
         "",
-        "Measured lengths only: the longest that fitted, and the shortest that did not.",
+        "Measured lengths only: the longest that fitted, and the shortest that did not. A plan counts",
+        "tensors; what the C library keeps of freed ones comes on top, so that a row as long as planned can",
+        "be a little too long.",
         "",
         markdown_table(LONGEST_HEADER, (longest_row(book, one) for one in contenders_of(book))),
     ]

@@ -1,9 +1,10 @@
 """What would fit where memory has just run out: the plan, corrected by what was measured."""
 
 import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
 
 from transformers import LlamaConfig
 
@@ -26,15 +27,35 @@ class Advice:
 
 
 def advise_apart(run: Run, config: LlamaConfig, shortage: Shortage, ranks: int = 1) -> Advice:
-    """Return ``advise`` of a process of its own: this one may have no memory left to plan in, and whatever
-    goes wrong there does not hide what has gone wrong here.
+    """Return ``advise`` of a process of its own: this one may have no memory left to plan in, not even for
+    the stack of a thread (which is why it is no executor's), and whatever goes wrong there does not hide what
+    has gone wrong here.
 
     Raises:
-        Exception: as the process ended.
+        Exception: what went wrong there.
     """
-    hardware = this_machine(drive_of(run))
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as apart:
-        return apart.submit(advise, run, config, hardware, shortage, ranks).result()
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    asked = (run, config, this_machine(drive_of(run)), shortage, ranks)
+    process = context.Process(target=_send_advice, args=(sender, *asked))
+    process.start()
+    sender.close()  # or nobody would notice that the process has ended
+    try:
+        found = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process that plans ended with status {process.exitcode}") from None
+    process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _send_advice(sender: Connection, *asked: Any) -> None:
+    try:
+        sender.send(advise(*asked))
+    except Exception as error:
+        sender.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def advise(run: Run, config: LlamaConfig, hardware: Hardware, shortage: Shortage, ranks: int = 1) -> Advice:
