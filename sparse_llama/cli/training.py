@@ -50,8 +50,8 @@ def train(arguments: argparse.Namespace) -> None:
     from sparse_llama.training.loop import fit  # seconds: torch, transformers, deepspeed
     from sparse_llama.training.out_of_memory import RunOutOfMemoryError
 
+    run = _planned(run, is_refused=not arguments.ignore_plan)
     try:
-        run = _planned(run, is_refused=not arguments.ignore_plan)
         fit(run, num_retries=arguments.retry)
         return
     except RunOutOfMemoryError as error:
