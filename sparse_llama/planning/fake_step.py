@@ -21,12 +21,12 @@ from sparse_llama.attention.workspace import OPERATOR_WORKSPACES
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.config.settings import AdapterSettings, MemorySettings
 from sparse_llama.memory.checkpointing import offload_engine
+from sparse_llama.memory.stage3 import hand_on_copies, linear_of_stage3
 from sparse_llama.model.assemble import add_parts
 from sparse_llama.model.objective import TokenLoss
 from sparse_llama.planning.cpu_temporaries import CPU_TEMPORARIES
 from sparse_llama.planning.labels import label_modules
 from sparse_llama.planning.prepared_attention import prepare_layouts
-from sparse_llama.planning.stage3 import hand_on_copies, linear_of_stage3
 from sparse_llama.planning.tracker import Journal, Kind, MemoryTracker, Place
 
 Target = Literal["meta", "cpu"]
