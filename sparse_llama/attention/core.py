@@ -113,6 +113,11 @@ def head_shares(num_heads: int, num_kv_heads: int) -> list[int]:
     ]
 
 
+def heads_of_group(num_heads: int, num_kv_heads: int, num_groups: int) -> tuple[int, int]:
+    """Return the query and the key/value heads of each of ``num_groups`` groups, one of ``head_shares``."""
+    return num_heads // num_groups, max(1, num_kv_heads // num_groups)
+
+
 def expand_heads(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return (B, K, S, D) as (B, H, S, D): every key/value head once per query head that shares it."""
     groups = num_heads // tensor.shape[1]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_llama.attention.core import AttentionCore, Gradients, head_shares, sum_heads
+from sparse_llama.attention.core import AttentionCore, Gradients, head_shares, heads_of_group, sum_heads
 from sparse_llama.config.section import alternatives
 from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.errors import ConfigError
@@ -97,7 +97,7 @@ def check_heads(num_heads: int, num_kv_heads: int, size: int, *, num_groups: int
     """
     if num_heads % num_groups:
         return  # refused where the groups are made, with their own key
-    heads, kv_heads = num_heads // num_groups, max(1, num_kv_heads // num_groups)
+    heads, kv_heads = heads_of_group(num_heads, num_kv_heads, num_groups)
     allowed = head_shares(heads, kv_heads)
     if size not in allowed:
         grouped = "" if num_groups == 1 else f" of each of {num_groups} sparse_llama.memory.head_groups"

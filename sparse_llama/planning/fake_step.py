@@ -104,8 +104,8 @@ def run_step(shape: StepShape) -> Trace:
     workspaces = OPERATOR_WORKSPACES if is_meta else {**OPERATOR_WORKSPACES, **CPU_TEMPORARIES}
     tracker = MemoryTracker(places, workspaces, fake if is_meta else None)
     below: AbstractContextManager[Any] = nullcontext() if is_meta else fake
-    # what is drawn without data must not move the process' random numbers
     linear = linear_of_stage3() if shape.has_linear_of_stage3 else nullcontext()
+    # what is drawn without data must not move the process' random numbers
     with torch.random.fork_rng([]), below, tracker, sampled_tiles(tracker), linear:
         tracker.journal.begin("model")
         model, base = _make_model(shape, tracker)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from sparse_llama.attention.core import head_shares
+from sparse_llama.attention.core import head_shares, heads_of_group
 from sparse_llama.config.run import Run
 from sparse_llama.config.settings import MemorySettings
 
@@ -214,7 +214,7 @@ def group_counts(config: LlamaConfig, sharing: int = 1) -> tuple[int, ...]:
         count
         for count in (2, 4, 8)
         if count in head_shares(num_heads, num_kv_heads)
-        and sharing in head_shares(num_heads // count, max(1, num_kv_heads // count))
+        and sharing in head_shares(*heads_of_group(num_heads, num_kv_heads, count))
     ]
     return tuple(counts[-2:] if counts[-1:] == [8] else counts[-1:])
 
@@ -248,8 +248,8 @@ def ladder(device: str, config: LlamaConfig, num_trained: int, sharing: int = 1)
 
 
 def _nothing(run: Run) -> Lever:
-    """Return the lever that takes every other one of ``run`` back; only DeepSpeed's buffers are small in
-    every rung, for that is never worth a gigabyte."""
+    """Return the lever that takes every other one of ``run`` back; only DeepSpeed's buffers are as large as
+    the adapter in every rung, for that is never worth a gigabyte."""
     keys: dict[str, Any] = {f"{_MEMORY}{name}": None for name in MemorySettings.model_fields}
     keys["activation_checkpointing"] = None
     keys[_BUCKET] = None

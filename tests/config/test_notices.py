@@ -10,7 +10,6 @@ from sparse_llama.config.notices import INERT_KEYS, LOGGED_KEYS, SWITCHED_BLOCKS
 from sparse_llama.config.run import EMBEDDED
 from sparse_llama.config.zero import UNUSED_KEYS
 
-ROOT = Path(__file__).parents[2]
 FIXED = {"mode": "fixed", "attention": "unidirectional"}
 LOG_OFF = 'no effect; DeepSpeed\'s log is off without "log_level": "info"'
 

@@ -8,7 +8,6 @@ import torch
 from rank_processes import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).parents[2]
 CONFIG = LlamaConfig(
     vocab_size=61,
     hidden_size=32,
