@@ -1,7 +1,9 @@
 """Processes that tests start: their environment, and jobs of several, with the launcher and without."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,25 +30,24 @@ def run_ranks(script: Path, processes: int, *arguments: str, timeout_s: int = 40
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(free_port()),
     )
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    started = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "forked_ranks.py"), str(processes), str(script), *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        printed = [process.communicate(timeout=timeout_s)[0] for process in started]
+        output, _ = started.communicate(timeout=timeout_s)
     finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(printed)
-    lines = [next(line for line in text.splitlines() if line.startswith("RESULT ")) for text in printed]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)  # its ranks too
+    assert started.returncode == 0, output
+    printed = [line.split(": ", 1) for line in output.splitlines() if ": RESULT " in line]
+    found = {int(rank): json.loads(text.removeprefix("RESULT ")) for rank, text in printed}
+    return [found[rank] for rank in range(processes)]
 
 
 def launch(script: Path, processes: int, *arguments: str, timeout_s: int = 400) -> str:

@@ -305,8 +305,6 @@ def test_what_cannot_fit_is_refused_before_the_model_loads(
     monkeypatch.setattr("sparse_llama.planning.quick.check_fits", lambda *_: refusal)
     started: list[Run] = []
     monkeypatch.setattr("sparse_llama.training.loop.fit", lambda *run, **_: started.append(*run))
-    # other tests in this process go on in its group, and DeepSpeed cannot make a second one
-    monkeypatch.setattr("sparse_llama.distributed.ranks.finalize", lambda: None)
     with pytest.raises(SystemExit) as ended:
         cli.main(cli.train, cli.train_parser("doc"), ["--output_dir", str(tmp_path / "run")])
     assert ended.value.code == 2

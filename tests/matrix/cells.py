@@ -5,6 +5,7 @@ most, and which tensors got none. The second step's micro-batches are the first'
 moved (the learning rate is 1e-30): its gradients are the same unless something of the first is left over.
 """
 
+import functools
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import torch
 from deepspeed.utils import logger, safe_get_full_grad
 from matrix.plain import ADAPTERS, SEED, SEQ_LENGTH, SPARSITIES, documents_by_row
@@ -148,6 +150,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logger.setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    # 1 s in a process of its own, which DeepSpeed takes for every optimizer on the host
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     ranks.initialize()
     folder, job = Path(sys.argv[-2]), sys.argv[-1]
     with (folder / f"{job}_{ranks.rank()}.jsonl").open("w", encoding="utf-8") as lines:

@@ -1,8 +1,8 @@
-"""Two optimizer steps of two micro-batches, tiled under DeepSpeed and untiled in plain torch; run as a
-process of its own.
+"""Two optimizer steps of two micro-batches, with levers under DeepSpeed and plain in torch; run as a process
+of its own.
 
-Prints one JSON line per case: losses of both, the largest relative error over all gradients, and how often
-    each tensor got its gradient.
+Prints one JSON line per case: losses of both, the largest relative error over all gradients, which tensors
+got none, how often each got one, and of how many layers the weights were whole at a time.
 """
 
 import copy
@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,29 @@ from sparse_llama.config.settings import AdapterSettings, MemorySettings
 from sparse_llama.distributed import ranks
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.memory.gathering import gather_borrowed
+from sparse_llama.memory.head_groups import group_heads
 from sparse_llama.memory.tiles import tile_layers
 from sparse_llama.model.llama import load_llama
 from sparse_llama.model.objective import TokenLoss
 
-TILES = MemorySettings(loss_tile=4, mlp_tile=5, norm_tile=7)  # of 18 tokens, of which 12 or 6 are labelled
+LEVERS = {  # of 18 tokens, of which 12 or 6 are labelled
+    "tiles": MemorySettings(loss_tile=4, mlp_tile=5, norm_tile=7),
+    "head groups": MemorySettings(head_groups=2, mlp_tile=4),
+}
+CHECKPOINTS = {
+    "none": None,
+    "every": ActivationCheckpointing(),
+    "on the host": ActivationCheckpointing(cpu_checkpointing=True),
+    "every second on the host": ActivationCheckpointing(cpu_checkpointing=True, number_checkpoints=2),
+}
 NUM_LABELLED = 18
+STAGE_3 = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
+"""At 0 nothing stays whole, and nothing is fetched ahead: as small as streaming gets."""
 
 
-def build(folder, version, *, zero3_config=None, is_checkpointed=False):
+def build(folder: str, version: str, *, zero3_config: dict[str, Any] | None = None) -> Any:
     model = load_llama(folder, dtype=torch.float32, zero3_config=zero3_config).model
     attach_adapters(model, AdapterSettings(version=version, prompt_length=3, start_layer=1), seed=1)
-    checkpointing = ActivationCheckpointing() if is_checkpointed else None
-    checkpoint_layers(model, checkpointing, first_trained_layer(model))
     for name, parameter in trainable_parameters(model):  # at gate 0 a prompt has no gradient
         if name.endswith("zero_init.gate"):
             parameter.data.fill_(0.5)
@@ -61,7 +71,7 @@ def batch(seed: int, prompt_length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": torch.arange(9).expand(2, 9), "shift_labels": shifted(labels)}
 
 
-def train_plainly(model):
+def train_plainly(model: Any) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay=0.0), lr=0.1)
     losses, gradients = [], []
     for step in range(2):
@@ -85,37 +95,49 @@ def configuration(zero: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(folder, version, stage, is_checkpointed, is_partitioned) -> dict:
-    zero = {"stage": stage}
+def run(
+    levers: str, folder: str, version: str, stage: int, checkpoints: str, is_partitioned: bool
+) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # or every parameter of a tiny model stays whole
+        zero |= {f"stage3_{name}": 0 for name in STAGE_3}
     config = configuration(zero)
     expected_losses, expected_gradients = train_plainly(build(folder, version))
-    zero3_config = config if is_partitioned else None
-    model = build(folder, version, zero3_config=zero3_config, is_checkpointed=is_checkpointed)
-    tile_layers(model, TILES)
-    objective = TokenLoss(model, loss_tile=TILES.loss_tile)
+    model = build(folder, version, zero3_config=config if is_partitioned else None)
+    memory = LEVERS[levers]
+    if memory.num_head_groups is not None:
+        group_heads(model, memory)
+    checkpoint_layers(model, CHECKPOINTS[checkpoints], first_trained_layer(model))
+    if memory.num_head_groups is None:
+        tile_layers(model, memory)
+    objective = TokenLoss(model, loss_tile=memory.loss_tile)
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay=0.0), lr=0.1)
+    engine: Any
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
     gather_borrowed(objective)
     parameters = dict(trainable_parameters(model))
     counts = count_gradients(parameters)
-    with torch.no_grad():  # as a run looks at its first logits and loss, outside of the engine
+    with torch.no_grad():  # outside of the engine, as a run looks at its first logits and loss, and generates
         model(input_ids=batch(0, 3)["input_ids"], use_cache=False)
+        model(input_ids=batch(0, 3)["input_ids"], use_cache=True)
         objective(**batch(0, 3))
-    found = take_steps(engine, parameters, expected_gradients)
-    engine.destroy()
-    return found | {
+    whole: list[int] = []
+    found = take_steps(engine, parameters, expected_gradients, lambda: watch_backward(model, whole))
+    found |= {
         "expected_losses": expected_losses,
         "times_written": sorted(set(counts.values())),
+        "most_whole_layers": max(whole, default=0),
+        "whole_after": num_whole_layers(model),
     }
+    engine.destroy()
+    return found
 
 
 def take_steps(
     engine: Any,
     parameters: dict[str, torch.nn.Parameter],
     expected_gradients: list[dict[str, torch.Tensor]],
-    watching: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    watching: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Any]:
     """Take two steps of two micro-batches, each within ``watching``; return their losses, and how their
     gradients compare."""
@@ -149,6 +171,21 @@ def count_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, int]
 
         parameter.register_post_accumulate_grad_hook(count)
     return counts
+
+
+def num_whole_layers(model: Any) -> int:
+    """Return of how many layers this rank holds more than its part."""
+    return sum(layer.mlp.up_proj.weight.numel() > 0 for layer in model.model.layers)
+
+
+def watch_backward(model: Any, found: list[int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Note how many layers are whole whenever a layer's backward pass asks for its input."""
+
+    def unpack(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(num_whole_layers(model))
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack)
 
 
 if __name__ == "__main__":
