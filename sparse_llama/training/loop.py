@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,8 +30,8 @@ from sparse_llama.training.engine import MONITOR_BLOCKS, gradient_norm, optimize
 from sparse_llama.training.host_memory import private_bytes
 from sparse_llama.training.metrics import (
     Clock,
-    MetricsFile,
     Monitors,
+    StepLines,
     StepMetrics,
     peak_memory_bytes,
     write_json,
@@ -133,7 +134,7 @@ def _train(session: Session, position: Position, console: Console, moment: Momen
     """Take the remaining steps; return the validation after the last."""
     run, engine = session.run, session.engine
     training = run.settings.training
-    metrics_file = MetricsFile(run.output_dir / "metrics.jsonl", position.step) if ranks.is_main() else None
+    files = _Files(run.output_dir, position, session.total_steps) if ranks.is_main() else None
     monitors = Monitors(
         {name: run.deepspeed[name] for name in MONITOR_BLOCKS if name in run.deepspeed}, run.output_dir
     )
@@ -167,8 +168,8 @@ def _train(session: Session, position: Position, console: Console, moment: Momen
                 elapsed_s=clock.elapsed_s,
                 peak_memory_bytes=peaks["gpu"] or peaks["host"],
             )
-            if metrics_file is not None:
-                metrics_file.append(metrics)
+            if files is not None:
+                files.steps.append(asdict(metrics))
             monitors.write(
                 step, {"train/loss": metrics.loss, "train/lr": lr, "train/grad_norm": metrics.grad_norm}
             )
@@ -177,6 +178,8 @@ def _train(session: Session, position: Position, console: Console, moment: Momen
             if _is_due(step, training.eval_every) and step < session.total_steps:
                 validation = _validate(session, moment)
                 monitors.write(step, {"validation/loss": validation.loss})
+                if files is not None:
+                    files.add(step, asdict(validation))
                 console.print(f"step {step}  validation loss {validation.loss:.4f}{report.score(validation)}")
             if _is_due(step, training.save_every):
                 _save(session, position, moment)
@@ -184,7 +187,26 @@ def _train(session: Session, position: Position, console: Console, moment: Momen
         _save(session, position, moment)
     final = _validate(session, moment)
     monitors.write(session.total_steps, {"validation/loss": final.loss})
+    if files is not None:
+        files.add(session.total_steps, asdict(final))
     return final
+
+
+class _Files:
+    """The lines that a run leaves as it goes on."""
+
+    def __init__(self, output_dir: Path, position: Position, total_steps: int) -> None:
+        self.steps = StepLines(output_dir / "metrics.jsonl", position.step)
+        known = min(position.step, total_steps - 1)  # the last validation follows the last checkpoint
+        self._validations = StepLines(output_dir / "validation.jsonl", known)
+        if position.step == 0 and position.before is not None:
+            self.add(0, position.before)
+
+    def add(self, step: int, validation: dict[str, Any]) -> None:
+        """Add a validation, without the answers."""
+        self._validations.append(
+            {"step": step, "loss": validation["loss"], "exact_match": validation["exact_match"]}
+        )
 
 
 def _begin(session: Session, num_retries: int) -> Position:
@@ -195,7 +217,7 @@ def _begin(session: Session, num_retries: int) -> Position:
     if ranks.is_main() and session.run.overwrite and (output_dir / "run.json").exists():
         for name in ("checkpoints", "adapter", "tensorboard", "csv_monitor"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "summary.json"):
+        for name in ("metrics.jsonl", "validation.jsonl", "summary.json"):
             (output_dir / name).unlink(missing_ok=True)
     _record(session)
     return Position()

@@ -1,4 +1,5 @@
-"""What a run measures: one JSON object per step, a summary at the end, scalars for DeepSpeed's monitors."""
+"""What a run measures: one JSON object per step and per validation, a summary at the end, scalars for
+DeepSpeed's monitors."""
 
 import json
 import platform
@@ -31,8 +32,9 @@ class StepMetrics:
     peak_memory_bytes: int
 
 
-class MetricsFile:
-    """Appends to ``metrics.jsonl``; a resumed run first drops the lines beyond the step it resumes from."""
+class StepLines:
+    """Appends to a file of one JSON object per line, each with its ``step``; a resumed run first drops the
+    lines beyond the step it resumes from."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -40,10 +42,10 @@ class MetricsFile:
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._path = path
 
-    def append(self, metrics: StepMetrics) -> None:
+    def append(self, line: dict[str, Any]) -> None:
         """Write one line and flush it."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 class Monitors:

@@ -64,6 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(train: Train, stage: 
     # the schedule must be the long run's: a killed run, not a shorter one
     assert (whole / "checkpoints" / "step_000003" / "state.json").exists()
     metrics = losses(whole)
+    validations = (whole / "validation.jsonl").read_text(encoding="utf-8")
     tensors = load_file(whole / "adapter" / "adapter.safetensors")
     resumed = train(
         "whole",
@@ -73,6 +74,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(train: Train, stage: 
         **precision,
     )
     assert losses(resumed) == metrics
+    assert (resumed / "validation.jsonl").read_text(encoding="utf-8") == validations
     again = load_file(resumed / "adapter" / "adapter.safetensors")
     assert all(tensors[name].equal(again[name]) for name in tensors)
 
@@ -99,7 +101,7 @@ def test_every_trainable_tensor_moves_in_bf16(train: Train):
 
 
 def test_the_summary_holds_what_others_script_against(train: Train):
-    looks = {"samples": 1, "max_new_tokens": 4, "exact_match_records": 4}
+    looks = {"samples": 1, "max_new_tokens": 4, "exact_match_records": 4, "eval_every": 2}
     output_dir = train("run", sparse_llama={"training": looks})
     summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
     for key in [
@@ -126,6 +128,12 @@ def test_the_summary_holds_what_others_script_against(train: Train):
     lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert json.loads(lines[0])["lr"] > 0
+    lines = (output_dir / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    first, *_, last = [json.loads(line) for line in lines]
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4, 6]
+    assert first["loss"] == summary["validation_loss_before"]
+    assert last["loss"] == summary["validation_loss"]
+    assert last["exact_match"] == summary["exact_match"]
     record = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     assert record["versions"]["torch"]
     assert (output_dir / "adapter" / "adapter_config.json").exists()
