@@ -105,7 +105,7 @@ def test_the_longest_run_is_a_document_that_fits(capsys: pytest.CaptureFixture[s
     assert run.settings.seq_length > 512
     assert run.checkpointing is not None
     document = json.loads(file.read_text(encoding="utf-8"))
-    assert document["_made_by"].startswith("python launch/plan_memory.py ")
+    assert document["_made_by"].startswith("python launch/plan_memory.py")
     again = plan(capsys, *asked)
     assert f"wrote {file}" in again, "its own files it replaces"
 
