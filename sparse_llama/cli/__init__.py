@@ -19,6 +19,7 @@ from sparse_llama.cli.models import (
 )
 from sparse_llama.cli.planning import plan_memory, plan_memory_parser
 from sparse_llama.cli.probe import probe_memory, probe_memory_parser
+from sparse_llama.cli.study import study, study_parser
 from sparse_llama.cli.training import train, train_parser
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "probe_memory_parser",
     "show_layout",
     "show_layout_parser",
+    "study",
+    "study_parser",
     "train",
     "train_parser",
     "world_size",

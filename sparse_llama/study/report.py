@@ -1,0 +1,150 @@
+"""A study's report: ``report.md``, one self-contained ``report.html``, and the pictures of both.
+
+Written from what is in the folder, as often as one likes: of a study that is not finished, what there is.
+"""
+
+from pathlib import Path
+
+from sparse_llama.config.document import read_document
+from sparse_llama.config.settings import Settings
+from sparse_llama.reporting.loss_png import LossCurve, LossPanel, save_losses
+from sparse_llama.reporting.page import Block, Code, Grid, Page, Picture, Section, Text, to_html, to_markdown
+from sparse_llama.study.results import Results, read_results
+from sparse_llama.study.runs import Study
+from sparse_llama.study.settings import EQUAL_STEPS, EQUAL_TIME
+from sparse_llama.study.tables import (
+    answers_table,
+    category_table,
+    cost_table,
+    perplexity_table,
+    status_table,
+    training_table,
+)
+from sparse_llama.training.metrics import device_name, git_commit, versions
+
+
+def write_report(study: Study, baseline: Study | None = None) -> list[Path]:
+    """Write the report of what is in the study's folder; return its files."""
+    results = read_results(study)
+    pictures = _draw(results)
+    page = Page(
+        title=f"Study {study.name}",
+        opening=_opening(results),
+        sections=[
+            *_corrected(study),
+            *_training(results),
+            *_curves(pictures),
+            *_cost(results),
+            *_quality(results),
+            *_answers(results),
+            Section("Runs", [status_table(results, "")]),
+        ],
+    )
+    files = {"report.md": to_markdown(page), "report.html": to_html(page)}
+    for name, text in files.items():
+        (study.output_dir / name).write_text(text, encoding="utf-8")
+    return [*(study.output_dir / name for name in files), *pictures.values()]
+
+
+def _opening(results: Results) -> list[Block]:
+    study = results.study
+    first = next(study.planned_runs())
+    document = read_document(study.document_of(first))
+    settings = Settings.parse(document.get("sparse_llama", {}), "sparse_llama")
+    done = sum(one.summary is not None for one in results.runs)
+    found = ", ".join(f"{name} {number}" for name, number in versions().items())
+    words = (
+        f"{len(study.settings.variants)} variants at {_list(study.settings.lengths)} tokens, seeds "
+        f"{_list(study.settings.seeds)}: `{settings.model.path}` on `{settings.data.dataset}`. "
+        f"{done} of {len(results.runs)} runs are done."
+    )
+    where = f"{device_name()}; {found}; commit {git_commit() or 'unknown'}."
+    command = f"python launch/study.py --preset {study.name} --output_dir {study.output_dir}"
+    return [Text(words), Text(where), Code(command)]
+
+
+def _corrected(study: Study) -> list[Section]:
+    rows = [[mistake, instead] for mistake, instead in study.settings.corrected.items()]
+    if not rows:
+        return []
+    words = "The study repeats another, without its mistakes."
+    return [Section("What is corrected", [Text(words), Grid(["there", "here"], rows, is_text=True)])]
+
+
+def _training(results: Results) -> list[Section]:
+    sections = []
+    for seq_length in results.study.settings.lengths:
+        blocks: list[Block] = [training_table(results, seq_length)]
+        if EQUAL_TIME in results.study.settings.compare:
+            reference = results.study.settings.compared_with
+            blocks += [
+                Text(f"At equal time: as many steps as fit into the time that {reference} took."),
+                training_table(results, seq_length, EQUAL_TIME),
+            ]
+        sections.append(Section(f"Training at {seq_length:,} tokens", blocks))
+    return sections
+
+
+def _draw(results: Results) -> dict[str, Path]:
+    """Draw the curves of the first seed's runs; return the pictures by name."""
+    study = results.study
+    panels = []
+    for seq_length in study.settings.lengths:
+        firsts = [results.of(variant, seq_length, EQUAL_STEPS)[0] for variant in study.settings.variants]
+        curves = [
+            LossCurve(one.run.variant, one.train_curve(), one.validation_curve())
+            for one in firsts
+            if one.summary is not None
+        ]
+        if curves:
+            panels.append(LossPanel(f"{seq_length:,} tokens", curves))
+    if not panels:
+        return {}
+    file = study.output_dir / "losses.png"
+    save_losses(panels, f"{study.name}: loss", file)
+    return {"losses": file}
+
+
+def _curves(pictures: dict[str, Path]) -> list[Section]:
+    if "losses" not in pictures:
+        return []
+    words = "Loss over the steps of training, and of validation, of the first seed; on a logarithmic scale."
+    return [Section("Curves", [Picture(pictures["losses"], words)])]
+
+
+def _cost(results: Results) -> list[Section]:
+    settings = results.study.settings
+    if len(settings.variants) < 2:
+        return []
+    words = (
+        f"Each variant beside {settings.compared_with}, of the same seed: tokens a second and peak memory as "
+        "ratios, validation loss and exact match (percentage points) as differences. A lower loss is better."
+    )
+    blocks: list[Block] = [Text(words)]
+    for seq_length in settings.lengths:
+        blocks += [Text(f"**{seq_length:,} tokens**"), cost_table(results, seq_length)]
+    return [Section("What sparsity costs", blocks)]
+
+
+def _quality(results: Results) -> list[Section]:
+    sections = []
+    for seq_length in results.study.settings.lengths:
+        blocks: list[Block] = []
+        matches = category_table(results, seq_length, "exact_match")
+        if matches is not None:
+            blocks += [Text("Exact match of the answers to held-out records."), matches]
+        perplexities = perplexity_table(results, seq_length)
+        if perplexities is not None:
+            blocks += [Text(f"Perplexity over windows of {seq_length:,} tokens."), perplexities]
+        if blocks:
+            sections.append(Section(f"Quality at {seq_length:,} tokens", blocks))
+    return sections
+
+
+def _answers(results: Results) -> list[Section]:
+    table = answers_table(results, results.study.settings.lengths[-1])
+    return [] if table is None else [Section("Answers to the same prompts", [table])]
+
+
+def _list(values: tuple[int, ...]) -> str:
+    return " and ".join(f"{value:,}" for value in values)
