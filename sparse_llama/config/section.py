@@ -8,7 +8,7 @@ key is usually the cause of a "missing" one.
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -210,14 +210,24 @@ def _entries(number: int) -> str:
 def _keys_at(section: type[Section], location: list[str | int]) -> list[str]:
     """Return the keys of the section that lies at ``location`` inside ``section``; none where it is no
     section."""
+    is_entry = False
     for part in location:
+        if is_entry:  # of a list or an object of sections
+            is_entry = False
+            continue
         fields = section.model_fields.values()
         named = section.model_fields.get(str(part)) or next((f for f in fields if f.alias == part), None)
         inner = None if named is None else _section_in(named.annotation)
-        if inner is None:
+        if inner is None or named is None:
             return []
-        section = inner
+        section, is_entry = inner, _holds_entries(named.annotation)
     return section.known_keys()
+
+
+def _holds_entries(annotation: object) -> bool:
+    if get_origin(annotation) in (dict, list, tuple):
+        return True
+    return any(_holds_entries(part) for part in getattr(annotation, "__args__", ()))
 
 
 def _section_in(annotation: object) -> type[Section] | None:

@@ -40,6 +40,7 @@ def save_losses(panels: Sequence[LossPanel], title: str, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * len(panels), height + 0.8), dpi=110, layout="constrained")
@@ -58,6 +59,9 @@ def save_losses(panels: Sequence[LossPanel], title: str, file: Path) -> None:
         axes.set_xlabel("step", fontsize=9)
         axes.set_ylabel("nats per labelled token", fontsize=9)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25, which="both")
     lines = [Line2D([], [], color=color_of[label], marker="o", markersize=3.5) for label in labels]
     kinds = [

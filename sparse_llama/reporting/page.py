@@ -18,6 +18,8 @@ body { margin: 2rem auto; max-width: 70rem; padding: 0 1.5rem; background: var(-
 h1 { font-size: 1.7rem }
 h2 { margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem }
 a { color: var(--link) }
+td a { color: inherit; text-decoration: none; border-bottom: 1px dotted var(--dim) }
+td:first-child { white-space: nowrap }
 p, figcaption { max-width: 50rem } figcaption, .dim { color: var(--dim); font-size: .9rem }
 figure { margin: 1.2rem 0 } figure img { max-width: 100%; background: #ffffff; border-radius: 6px }
 .scroll { overflow-x: auto }

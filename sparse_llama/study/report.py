@@ -4,6 +4,7 @@ Written from what is in the folder, as often as one likes: of a study that is no
 """
 
 from pathlib import Path
+from typing import Any
 
 from sparse_llama.config.document import read_document
 from sparse_llama.config.settings import Settings
@@ -14,13 +15,13 @@ from sparse_llama.study.runs import Study
 from sparse_llama.study.settings import EQUAL_STEPS, EQUAL_TIME
 from sparse_llama.study.tables import (
     answers_table,
+    baseline_table,
     category_table,
     cost_table,
     perplexity_table,
     status_table,
     training_table,
 )
-from sparse_llama.training.metrics import device_name, git_commit, versions
 
 
 def write_report(study: Study, baseline: Study | None = None) -> list[Path]:
@@ -37,6 +38,7 @@ def write_report(study: Study, baseline: Study | None = None) -> list[Path]:
             *_cost(results),
             *_quality(results),
             *_answers(results),
+            *_baseline(results, baseline),
             Section("Runs", [status_table(results, "")]),
         ],
     )
@@ -51,16 +53,21 @@ def _opening(results: Results) -> list[Block]:
     first = next(study.planned_runs())
     document = read_document(study.document_of(first))
     settings = Settings.parse(document.get("sparse_llama", {}), "sparse_llama")
-    done = sum(one.summary is not None for one in results.runs)
-    found = ", ".join(f"{name} {number}" for name, number in versions().items())
+    summaries = [one.summary for one in results.runs if one.summary is not None]
     words = (
         f"{len(study.settings.variants)} variants at {_list(study.settings.lengths)} tokens, seeds "
         f"{_list(study.settings.seeds)}: `{settings.model.path}` on `{settings.data.dataset}`. "
-        f"{done} of {len(results.runs)} runs are done."
+        f"{len(summaries)} of {len(results.runs)} runs are done."
     )
-    where = f"{device_name()}; {found}; commit {git_commit() or 'unknown'}."
+    made = dict.fromkeys(map(_made_with, summaries))
     command = f"python launch/study.py --preset {study.name} --output_dir {study.output_dir}"
-    return [Text(words), Text(where), Code(command)]
+    return [Text(words), *map(Text, made), Code(command)]
+
+
+def _made_with(summary: dict[str, Any]) -> str:
+    """Return what a run ran on."""
+    found = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+    return f"{summary['device']}; {found}."
 
 
 def _corrected(study: Study) -> list[Section]:
@@ -120,10 +127,10 @@ def _cost(results: Results) -> list[Section]:
         f"Each variant beside {settings.compared_with}, of the same seed: tokens a second and peak memory as "
         "ratios, validation loss and exact match (percentage points) as differences. A lower loss is better."
     )
-    blocks: list[Block] = [Text(words)]
-    for seq_length in settings.lengths:
-        blocks += [Text(f"**{seq_length:,} tokens**"), cost_table(results, seq_length)]
-    return [Section("What sparsity costs", blocks)]
+    return [
+        Section(f"What sparsity costs at {length:,} tokens", [Text(words), cost_table(results, length)])
+        for length in settings.lengths
+    ]
 
 
 def _quality(results: Results) -> list[Section]:
@@ -144,6 +151,15 @@ def _quality(results: Results) -> list[Section]:
 def _answers(results: Results) -> list[Section]:
     table = answers_table(results, results.study.settings.lengths[-1])
     return [] if table is None else [Section("Answers to the same prompts", [table])]
+
+
+def _baseline(results: Results, baseline: Study | None) -> list[Section]:
+    if baseline is None:
+        return []
+    table = baseline_table(results, read_results(baseline))
+    words = "has no run of the same name." if table is None else "and this study, where runs have one name."
+    blocks: list[Block] = [Text(f"`{baseline.output_dir}` {words}")]
+    return [Section("Beside the baseline", blocks if table is None else [*blocks, table])]
 
 
 def _list(values: tuple[int, ...]) -> str:

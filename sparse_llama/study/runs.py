@@ -116,6 +116,7 @@ class Study:
         content = read_document(self._source(run))
         merge(content, self.settings.changes)
         merge(content, self.settings.variants[run.variant].changes)
+        merge(content, self.settings.changes_at.get(str(run.seq_length), {}))
         merge(content, {"sparse_llama": {"seq_length": run.seq_length, "seed": run.seed}})
         if steps is not None:
             merge(content, {"sparse_llama": {"training": {"steps": steps, "epochs": None}}})

@@ -1,7 +1,7 @@
 """A study's document: which runs, and what each is measured on.
 
-Every run is the document of ``ds_config`` with ``changes`` in it, then those of its variant, then its length
-and its seed: the same data and hyperparameters but for what is compared.
+Every run is the document of ``ds_config`` with ``changes`` in it, then its variant's, then its length's, and
+that and its seed: the same data and hyperparameters but for what is compared.
 """
 
 from pathlib import Path
@@ -85,6 +85,9 @@ class StudySettings(Section):
     lengths: Lengths = Field(min_length=1)
     """Tokens of a row."""
 
+    changes_at: dict[str, Changes] = {}
+    """What the runs of a length have in place of all that, by the length."""
+
     seeds: Seeds = Field(default=(42,), min_length=1)
 
     compare: Annotated[tuple[Literal["equal_steps", "equal_time"], ...], FrozenList] = Field(
@@ -106,6 +109,9 @@ class StudySettings(Section):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {list(values)} names one twice; keep one of them")
+        for length in self.changes_at:
+            if length not in map(str, self.lengths):
+                raise ValueError(f"changes_at: {length!r} is none of the lengths, {list(self.lengths)}")
         if self.reference is not None and self.reference not in self.variants:
             hint = suggest(self.reference, self.variants)
             raise ValueError(f"reference: no variant is called {self.reference!r}{hint}")

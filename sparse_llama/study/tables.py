@@ -42,6 +42,9 @@ TRAINING: tuple[tuple[str, Read, Show], ...] = (
 """Of the 2023 report's Tables 2 and 3, and what belongs beside them."""
 
 
+_COMPARED = tuple(row for row in TRAINING if row[0] not in ("validation loss, base", "steps"))
+
+
 def training_table(results: Results, seq_length: int, compare: str = EQUAL_STEPS) -> Grid:
     """Return what training took and reached, by variant."""
     variants = list(results.study.settings.variants)
@@ -135,6 +138,26 @@ def cost_table(results: Results, seq_length: int) -> Grid:
 def format_points(value: float) -> str:
     """Return a difference of two shares in percentage points."""
     return f"{100 * value:+.0f}"
+
+
+def baseline_table(results: Results, baseline: Results) -> Grid | None:
+    """Return what runs of the same name have in this study and in another; None where there are none."""
+    others = {one.run.name: one for one in baseline.runs if one.summary is not None}
+    rows: list[list[str | Cell]] = []
+    for one in results.runs:
+        other = others.get(one.run.name)
+        if one.summary is None or other is None:
+            continue
+        cells = [_before_and_now(read(other), read(one), show) for _, read, show in _COMPARED]
+        rows.append([Cell(one.run.name, f"runs/{one.run.name}/"), *cells])
+    return Grid(["run", *(name for name, _, _ in _COMPARED)], rows) if rows else None
+
+
+def _before_and_now(before: float | None, now: float | None, show: Show) -> str:
+    if before is None or now is None:
+        return NONE
+    change = f" ({100 * (now / before - 1):+.1f}%)" if before else ""
+    return f"{show(before)} -> {show(now)}{change}"
 
 
 def status_table(results: Results, root: str) -> Grid:
