@@ -98,7 +98,7 @@ def test_packed_documents_of_grouped_heads_are_the_definition(mode: str):
         ("bigbird", 32, 1),
         ("bslongformer", 64, 2),
         ("fixed per head", 64, 4),
-        ("window", 128, 2),
+        pytest.param("window", 128, 2, marks=pytest.mark.slow),
     ],
 )
 def test_larger_blocks_and_ragged_rows_are_the_definition(mode: str, block: int, num_kv_heads: int):

@@ -123,6 +123,7 @@ def test_a_mistake_is_said_once_whatever_the_number_of_processes(tmp_path: Path,
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_beyond_the_bases_positions_is_refused_once_whatever_the_number_of_processes(free_port: int):
     """Every process looks into ``config.json`` for itself; none reads data or weights before."""
     done = launch(free_port, "--seq_length", "4096", "--output_dir", "nowhere", processes=2, timeout_s=60)
