@@ -10,6 +10,7 @@ import pytest
 from rank_processes import process_environment
 
 from sparse_llama import cli
+from sparse_llama.study.runner import Outcome
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
