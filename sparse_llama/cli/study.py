@@ -226,8 +226,8 @@ def _refuse_other(made: "Study", *, is_anew: bool) -> None:
     file = made.output_dir / _SAVED
     if is_anew or not file.is_file():
         return
-    saved, own = json.loads(file.read_text(encoding="utf-8")), _content(made)
-    differing = ", ".join(sorted(key for key in own if saved.get(key) != own[key]))
+    saved, own = _content(reopen(made.output_dir)), _content(made)
+    differing = ", ".join(sorted(key for key in own if saved[key] != own[key]))
     if differing:
         raise ConfigError(
             f"{made.output_dir}: holds another study (other {differing}); start anew with --overwrite, or "
