@@ -141,7 +141,8 @@ class _Conductor:
             runs = results.of(variant, run.seq_length, EQUAL_STEPS)
             return next((one.summary for one in runs if one.run.seed == run.seed), None)
 
-        reference, own = summary(self._study.settings.compared_with), summary(run.variant)
+        named = self._study.settings.reference_of(run.variant)
+        reference, own = None if named is None else summary(named), summary(run.variant)
         if reference is None or own is None:
             return None
         return max(1, round(own["steps"] * reference["elapsed_s"] / own["elapsed_s"]))

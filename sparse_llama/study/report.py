@@ -83,9 +83,8 @@ def _training(results: Results) -> list[Section]:
     for seq_length in results.study.settings.lengths:
         blocks: list[Block] = [training_table(results, seq_length)]
         if EQUAL_TIME in results.study.settings.compare:
-            reference = results.study.settings.compared_with
             blocks += [
-                Text(f"At equal time: as many steps as fit into the time that {reference} took."),
+                Text("At equal time: as many steps as fit into the time that the reference took."),
                 training_table(results, seq_length, EQUAL_TIME),
             ]
         sections.append(Section(f"Training at {seq_length:,} tokens", blocks))
@@ -124,7 +123,7 @@ def _cost(results: Results) -> list[Section]:
     if len(settings.variants) < 2:
         return []
     words = (
-        f"Each variant beside {settings.compared_with}, of the same seed: tokens a second and peak memory as "
+        "Each variant beside its reference of the same seed: tokens a second and peak memory as "
         "ratios, validation loss and exact match (percentage points) as differences. A lower loss is better."
     )
     return [

@@ -68,7 +68,7 @@ class Study:
         planned = list(self.planned_runs())
         if EQUAL_TIME not in self.settings.compare:
             return planned
-        others = [run for run in planned if run.variant != self.settings.compared_with]
+        others = [run for run in planned if self.settings.reference_of(run.variant) is not None]
         return planned + [StudyRun(one.variant, one.seq_length, one.seed, EQUAL_TIME) for one in others]
 
     def check(self, *, is_anew: bool = False) -> dict[StudyRun, Run]:

@@ -69,6 +69,9 @@ class Variant(Section):
     changes: Changes = {}
     """What it has in place of that and of the study's changes."""
 
+    reference: str | None = None
+    """The variant that it is compared with; null is the study's."""
+
 
 class StudySettings(Section):
     """The document of a study."""
@@ -96,7 +99,8 @@ class StudySettings(Section):
     """equal_time adds a run of each variant as long as ``reference`` takes."""
 
     reference: str | None = None
-    """The variant that the others are compared with; null is the first."""
+    """The variant that others are compared with; null is none where a variant names its own, else the
+    first."""
 
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -112,9 +116,10 @@ class StudySettings(Section):
         for length in self.changes_at:
             if length not in map(str, self.lengths):
                 raise ValueError(f"changes_at: {length!r} is none of the lengths, {list(self.lengths)}")
-        if self.reference is not None and self.reference not in self.variants:
-            hint = suggest(self.reference, self.variants)
-            raise ValueError(f"reference: no variant is called {self.reference!r}{hint}")
+        for name in (self.reference, *(variant.reference for variant in self.variants.values())):
+            if name is not None and name not in self.variants:
+                hint = suggest(name, self.variants)
+                raise ValueError(f"reference: no variant is called {name!r}{hint}")
         for name in self.variants:
             if not name or not all(letter.isalnum() or letter in "-_.+" for letter in name) or name[0] == ".":
                 raise ValueError(
@@ -124,10 +129,14 @@ class StudySettings(Section):
             raise ValueError("compare: equal_time is as long as the runs of equal_steps take; add that, too")
         return self
 
-    @property
-    def compared_with(self) -> str:
-        """The name of the variant that the others are compared with."""
-        return self.reference or next(iter(self.variants))
+    def reference_of(self, variant: str) -> str | None:
+        """Return the variant that another is compared with; None where it is itself what others are compared
+        with."""
+        named = self.variants[variant].reference
+        is_by_variant = any(one.reference is not None for one in self.variants.values())
+        study_wide = self.reference if is_by_variant else self.reference or next(iter(self.variants))
+        found = named or study_wide
+        return None if found == variant else found
 
 
 def read_study(path: Path) -> StudySettings:

@@ -112,27 +112,31 @@ def answers_table(results: Results, seq_length: int) -> Grid | None:
 
 
 def cost_table(results: Results, seq_length: int) -> Grid:
-    """Return what each variant costs and gives beside the reference, at equal steps and at equal time."""
+    """Return what each variant costs and gives beside its reference, at equal steps and at equal time."""
     settings = results.study.settings
-    reference = results.of(settings.compared_with, seq_length, EQUAL_STEPS)
+    has_times = EQUAL_TIME in settings.compare
     rows: list[list[str | Cell]] = []
     for variant in settings.variants:
+        named = settings.reference_of(variant)
+        if named is None:
+            continue
+        reference = results.of(named, seq_length, EQUAL_STEPS)
         steps = results.of(variant, seq_length, EQUAL_STEPS)
-        times = _runs(results, variant, seq_length, EQUAL_TIME)
+        compared = [steps, results.of(variant, seq_length, EQUAL_TIME)] if has_times else [steps]
         rows.append(
             [
-                variant,
+                Cell(variant, f"runs/{steps[0].run.name}/"),
+                named,
                 _cell(steps, of_summary("density"), lambda value: f"{value:.2f}"),
                 _ratio(steps, reference, of_summary("tokens_per_s")),
                 _ratio(steps, reference, lambda result: result.peak_bytes),
-                _difference(steps, reference, of_summary("validation_loss")),
-                _difference(times, reference, of_summary("validation_loss")),
-                _difference(steps, reference, _exact_match, format_points),
-                _difference(times, reference, _exact_match, format_points),
+                *(_difference(runs, reference, of_summary("validation_loss")) for runs in compared),
+                *(_difference(runs, reference, _exact_match, format_points) for runs in compared),
             ]
         )
-    header = ["", "density", "speed", "memory", "loss, equal steps", "loss, equal time"]
-    return Grid([*header, "exact match, equal steps", "exact match, equal time"], rows)
+    kinds = ["equal steps", "equal time"] if has_times else ["equal steps"]
+    losses, matches = ([f"{what}, {kind}" for kind in kinds] for what in ("loss", "exact match"))
+    return Grid(["", "beside", "density", "speed", "memory", *losses, *matches], rows)
 
 
 def format_points(value: float) -> str:
@@ -176,8 +180,8 @@ def status_table(results: Results, root: str) -> Grid:
 
 
 def _runs(results: Results, variant: str, seq_length: int, compare: str) -> list[Result]:
-    """Return the runs of a variant; the reference's of equal time are those of equal steps."""
-    is_reference = variant == results.study.settings.compared_with
+    """Return the runs of a variant; a reference's of equal time are those of equal steps."""
+    is_reference = results.study.settings.reference_of(variant) is None
     return results.of(variant, seq_length, EQUAL_STEPS if is_reference else compare)
 
 
