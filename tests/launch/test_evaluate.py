@@ -151,21 +151,21 @@ def test_perplexity_by_position_is_shown_written_and_drawn(text, tmp_path, capsy
     assert measure(tmp_path, "--model", BASE, "--data", text)["by_position"] is None
 
 
-def test_answers_are_compared_if_asked_for(run_folder, tmp_path, capsys):
-    result = measure(
-        tmp_path,
-        "--adapter",
-        run_folder,
-        "--data",
-        "bundled:people",
-        "--exact_match",
-        "6",
-        "--max_new_tokens",
-        "5",
-    )
-    assert result["exact_match"]["records"] == 6
-    assert 0 <= result["exact_match"]["average"] <= 1
-    assert "exact match" in capsys.readouterr().out
+def test_answers_are_compared_and_written_if_asked_for(run_folder, tmp_path, capsys):
+    file = tmp_path / "deep" / "answers.jsonl"
+    flags = ["--exact_match", "6", "--max_new_tokens", "5", "--answers", file]
+    result = measure(tmp_path, "--adapter", run_folder, "--data", "bundled:people", *flags)
+    answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == result["exact_match"]["records"] == result["rouge_l"]["records"] == 6
+    for name, value in (("exact_match", "exact"), ("rouge_l", "rouge_l")):
+        for category, mean in result[name]["by_category"].items():
+            values = [answer[value] for answer in answers if answer["category"] == category]
+            assert mean == pytest.approx(sum(values) / len(values))
+        assert 0 <= result[name]["average"] <= 1
+    assert len(result["rouge_l"]["by_category"]) > 1
+    shown = capsys.readouterr().out
+    assert "exact match" in shown
+    assert f"{result['rouge_l']['average']:.3f}" in shown
 
 
 def test_skipped_records_are_shown(tmp_path, capsys):
