@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_llama.cli.entry import is_main, world_size
 from sparse_llama.cli.flags import Parser, add_model_flags, make_room_for, parser
 from sparse_llama.cli.models import open_asked
+from sparse_llama.cli.retrieval import add_retrieval_flags, check_retrieval_flags, measure_retrieval
 from sparse_llama.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def evaluate_parser(doc: str | None) -> Parser:
     add = flags.add_argument
     add("--data", metavar="NAME|FILE", help="wikitext2, ptb, c4, a file, or bundled:people")
     add("--json", type=Path, metavar="FILE", help="write the result there too")
-    add("--png", type=Path, metavar="FILE", help="draw what --by_position measures")
+    add("--png", type=Path, metavar="FILE", help="draw what --by_position or --retrieval measures")
     text = flags.add_argument_group("text").add_argument
     text(
         "--partition",
@@ -44,6 +45,7 @@ def evaluate_parser(doc: str | None) -> Parser:
     records("--exact_match", type=int, default=0, metavar="N", help="also compare N answers to their records")
     records("--max_new_tokens", type=int, default=64, metavar="N", help="of an answer that is compared")
     records("--answers", type=Path, metavar="FILE", help="write these answers there, a JSON object a line")
+    add_retrieval_flags(flags)
     return flags
 
 
@@ -57,7 +59,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if world_size() > 1:
         ranks.initialize()
     try:
-        _measure(arguments)
+        if arguments.retrieval is None:
+            _measure(arguments)
+        else:
+            found = measure_retrieval(arguments, open_asked(arguments))
+            if found is not None and arguments.json is not None:
+                _write_json(arguments, found)
     finally:
         if world_size() > 1:
             ranks.finalize()
@@ -65,12 +72,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse flags that are missing, or that would have no effect."""
-    if arguments.data is None:
+    check_retrieval_flags(arguments)
+    if arguments.data is None and arguments.retrieval is None:
         raise ConfigError("--data: nothing to measure on; give wikitext2, ptb, c4, a file, or bundled:people")
     if arguments.by_position is not None and arguments.by_position < 1:
         raise ConfigError(f"--by_position: must be at least 1 range, got {arguments.by_position}")
-    if arguments.png is not None and arguments.by_position is None:
-        raise ConfigError("--png: there is nothing to draw; add --by_position")
+    if arguments.png is not None and arguments.by_position is None and arguments.retrieval is None:
+        raise ConfigError("--png: there is nothing to draw; add --by_position or --retrieval")
     if arguments.answers is not None and not arguments.exact_match:
         raise ConfigError("--answers: no record is answered; say how many with --exact_match N")
 
@@ -120,7 +128,7 @@ def _write(arguments: argparse.Namespace, result: "Evaluation", ranges: "list[Po
         write_answers(arguments.answers, result.answers)
     if arguments.json is not None:
         by_position = {"by_position": None if ranges is None else positions_to_json(ranges)}
-        write_result(arguments, to_json(result) | by_position)
+        _write_json(arguments, to_json(result) | by_position)
     if arguments.png is not None and ranges is not None:
         from sparse_llama.reporting.position_png import PositionCurve, save_by_position
 
@@ -132,7 +140,7 @@ def _write(arguments: argparse.Namespace, result: "Evaluation", ranges: "list[Po
         save_by_position([curve], result.data, arguments.png)
 
 
-def write_result(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+def _write_json(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write ``found`` to ``--json``, with what was asked for and where it was measured."""
     from sparse_llama.training.metrics import device_name, git_commit, versions, write_json
 

@@ -1,5 +1,6 @@
 """Perplexity by the position in the window, as a PNG: a line of steps for each model."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ def save_by_position(curves: Sequence[PositionCurve], title: str, file: Path) ->
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set_xlim(left=0)
-    highest = max(value for curve in curves for value in curve.perplexities)
+    shown = [value for curve in curves for value in curve.perplexities if math.isfinite(value)]
+    highest = max(shown, default=1.0)
     axes.set_ylim(0, 1.1 * highest)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
