@@ -74,7 +74,7 @@ def measure_retrieval(arguments: argparse.Namespace, opened: "OpenedModel") -> d
         [f"{depth:.0%}", *(f"{cell.exact:.0%}, loss {cell.loss:.3f}" for cell in cells)]
         for depth, cells in zip(result.depths, _by_depth(result), strict=True)
     ]
-    show_columns("right answers, loss of the right answer", header, rows, results_console())
+    show_columns("right answers, and losses", header, rows, results_console())
     if arguments.png is not None:
         draw_retrieval(result, arguments.png)
     found = asdict(result) | {"exact": result.exact, "loss": result.loss}
