@@ -128,6 +128,16 @@ def test_filler_is_the_text_given_word_by_word_again_and_again(tokenizer):
         assert "48213" not in prompt.answer
 
 
+@pytest.mark.parametrize("part", [0, 1], ids=["name", "number"])
+def test_a_name_and_a_number_that_are_in_the_text_are_not_asked_for(part):
+    tokenizer: Any = ByteTokenizer()
+    asked = {"lengths": [400], "depths": [0.5], "trials": 1}
+    (first,) = make(tokenizer, "needle", **asked, text=TEXT)
+    fact = (read(first)[0], first.answer.strip())
+    (second,) = make(tokenizer, "needle", **asked, text=f"{TEXT} So it is {fact[part]} .")
+    assert fact[part] not in (read(second)[0], second.answer.strip())
+
+
 def test_filler_begins_anywhere_in_the_text_given(tokenizer):
     text = " ".join(f"This is {word}." for word in ("one", "two", "three", "four", "five", "six"))
     prompts = make(tokenizer, "needle", depths=[1], trials=9, text=text)
