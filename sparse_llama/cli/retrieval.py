@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_llama.cli.entry import is_main
@@ -72,43 +71,15 @@ def measure_retrieval(arguments: argparse.Namespace, opened: "OpenedModel") -> d
     header = ["depth", *(f"{length:,} tokens" for length in result.lengths)]
     rows = [
         [f"{depth:.0%}", *(f"{cell.exact:.0%}, loss {cell.loss:.3f}" for cell in cells)]
-        for depth, cells in zip(result.depths, _by_depth(result), strict=True)
+        for depth, cells in zip(result.depths, result.by_depth(), strict=True)
     ]
     show_columns("right answers, and losses", header, rows, results_console())
     if arguments.png is not None:
+        from sparse_llama.evaluation.retrieval_png import draw_retrieval
+
         draw_retrieval(result, arguments.png)
     found = asdict(result) | {"exact": result.exact, "loss": result.loss}
     return found | {"description": found.pop("model")}  # "model" is what was asked for
-
-
-def draw_retrieval(result: "Retrieval", file: Path, highest_loss: float | None = None) -> None:
-    """Draw right answers and losses as heat maps; ``highest_loss`` is the scale's end, None the highest."""
-    from sparse_llama.reporting.heat_map_png import HeatMap, save_heat_maps
-
-    rows = [f"{depth:.0%}" for depth in result.depths]
-    columns = [f"{length:,}" for length in result.lengths]
-    exact = [[cell.exact for cell in cells] for cells in _by_depth(result)]
-    losses = [[cell.loss for cell in cells] for cells in _by_depth(result)]
-    highest = max(max(row) for row in losses) if highest_loss is None else highest_loss
-    maps = [
-        HeatMap(f"share of {result.trials} answers that are right", rows, columns, exact, highest=1.0),
-        HeatMap(
-            "loss of the right answer, nats per token",
-            rows,
-            columns,
-            losses,
-            highest=highest,
-            is_low_dark=True,
-        ),
-    ]
-    title = f"{result.model}, {result.attention}: {result.kind} in {result.haystack}"
-    save_heat_maps(maps, title, file, row_label="depth", column_label="tokens")
-
-
-def _by_depth(result: "Retrieval") -> list[tuple[Any, ...]]:
-    """Return the cells of each depth, by length."""
-    num_depths = len(result.depths)
-    return [result.cells[place::num_depths] for place in range(num_depths)]
 
 
 def _rows(result: "Retrieval") -> list[tuple[str, str]]:

@@ -71,6 +71,11 @@ class Retrieval:
     def loss(self) -> float:
         return sum(cell.loss for cell in self.cells) / len(self.cells)
 
+    def by_depth(self) -> list[tuple[Cell, ...]]:
+        """Return the cells of each depth, by length."""
+        num_depths = len(self.depths)
+        return [self.cells[place::num_depths] for place in range(num_depths)]
+
 
 def retrieve(
     opened: OpenedModel,

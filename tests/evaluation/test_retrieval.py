@@ -17,7 +17,7 @@ from sparse_llama.config.bundled import resolve_bundled
 from sparse_llama.data.tokenizer import load_tokenizer
 from sparse_llama.errors import ModelError
 from sparse_llama.evaluation.haystack import KINDS, Prompt, equal_depths, make_prompts
-from sparse_llama.evaluation.retrieval import score_prompts
+from sparse_llama.evaluation.retrieval import Cell, Retrieval, score_prompts
 from sparse_llama.generation import continuation, encode_prompt
 from sparse_llama.model.assemble import open_model
 
@@ -152,6 +152,13 @@ def test_the_command_shows_writes_and_draws_every_cell(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(f"loss {cell['loss']:.3f}" in shown for cell in result["cells"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_of_the_heat_map_is_a_depth_and_a_column_a_length():
+    cells = [Cell(length, depth, 1, 0.0, 0.0) for length in LENGTHS for depth in DEPTHS]
+    result = Retrieval("m", "pairs", "h", LENGTHS, DEPTHS, 1, 0, tuple(cells), "dense", "9", "float32", 1.0)
+    places = [[(cell.depth, cell.length) for cell in row] for row in result.by_depth()]
+    assert places == [[(depth, length) for length in LENGTHS] for depth in DEPTHS]
 
 
 def test_sparse_attention_is_measured_as_it_was_trained_and_the_lengths_are_the_adapters(tmp_path):
