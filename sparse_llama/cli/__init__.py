@@ -6,17 +6,11 @@ second.
 
 from sparse_llama.cli.benchmark import benchmark, benchmark_parser
 from sparse_llama.cli.entry import is_main, main, world_size
+from sparse_llama.cli.evaluation import evaluate, evaluate_parser
 from sparse_llama.cli.flags import Parser, add_model_flags, add_run_flags, overrides, parser
 from sparse_llama.cli.imports import import_adapter, import_adapter_parser
 from sparse_llama.cli.layouts import show_layout, show_layout_parser
-from sparse_llama.cli.models import (
-    evaluate,
-    evaluate_parser,
-    export,
-    export_parser,
-    generate,
-    generate_parser,
-)
+from sparse_llama.cli.models import export, export_parser, generate, generate_parser
 from sparse_llama.cli.planning import plan_memory, plan_memory_parser
 from sparse_llama.cli.probe import probe_memory, probe_memory_parser
 from sparse_llama.cli.study import study, study_parser

@@ -1,12 +1,12 @@
-"""``launch/evaluate.py``, ``generate.py`` and ``export.py``: a model, with an adapter or without."""
+"""``launch/generate.py`` and ``export.py``: a model, with an adapter or without."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_llama.cli.entry import is_main, world_size
-from sparse_llama.cli.flags import Parser, add_model_flags, make_room_for, parser
+from sparse_llama.cli.entry import is_main
+from sparse_llama.cli.flags import Parser, add_model_flags, parser
 from sparse_llama.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,53 +15,6 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 256
 _FOREIGN = ("peft", "lit-llama", "litgpt", "llama-adapter")  # interop's, which takes seconds to import
-
-
-def evaluate_parser(doc: str | None) -> Parser:
-    """Return the parser of ``launch/evaluate.py``: a model, data, and how it is measured."""
-    flags = parser(doc)
-    add_model_flags(flags)
-    add = flags.add_argument
-    add("--data", required=True, metavar="NAME|FILE", help="wikitext2, ptb, c4, a file, or bundled:people")
-    add("--window", type=int, metavar="W", help="tokens read at once (default: the model's length)")
-    add("--stride", type=int, metavar="S", help="tokens between windows (default: the window)")
-    add("--exact_match", type=int, default=0, metavar="N", help="also compare N answers to their records")
-    add("--max_new_tokens", type=int, default=64, metavar="N", help="of an answer that is compared")
-    add("--json", type=Path, metavar="FILE", help="write the result there too")
-    return flags
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Measure a model on data: a table, and a JSON file where one is asked for."""
-    from sparse_llama.distributed import ranks
-    from sparse_llama.evaluation.evaluate import evaluate, to_json, to_rows
-    from sparse_llama.reporting.tables import show_table
-    from sparse_llama.training.metrics import device_name, git_commit, versions, write_json
-
-    if arguments.json is not None and is_main():
-        make_room_for("--json", arguments.json)
-    if world_size() > 1:
-        ranks.initialize()
-    try:
-        opened = _open(arguments)
-        result = evaluate(
-            opened,
-            arguments.data,
-            window=arguments.window,
-            stride=arguments.stride,
-            num_answers=arguments.exact_match,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-        if is_main():
-            show_table("evaluation", to_rows(result))
-            if arguments.json is not None:
-                adapter = None if arguments.adapter is None else str(arguments.adapter)
-                asked = {"model": arguments.model, "adapter": adapter, "data": arguments.data}
-                where = {"device": device_name(), "versions": versions(), "git_commit": git_commit()}
-                write_json(arguments.json, to_json(result) | asked | where)
-    finally:
-        if world_size() > 1:
-            ranks.finalize()
 
 
 def generate_parser(doc: str | None) -> Parser:
@@ -90,7 +43,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from sparse_llama.generation import encode_prompt, generate_stream, room_after
 
     prompt = arguments.prompt if arguments.raw else alpaca_prompt(arguments.prompt, arguments.context)
-    opened = _open(arguments)
+    opened = open_asked(arguments)
     length = arguments.max_new_tokens
     if length is None:
         room = room_after(opened.model, len(encode_prompt(opened.tokenizer, prompt)))
@@ -203,7 +156,8 @@ def _check_export_flags(arguments: argparse.Namespace) -> None:
             )
 
 
-def _open(arguments: argparse.Namespace) -> "OpenedModel":
+def open_asked(arguments: argparse.Namespace) -> "OpenedModel":
+    """Return the model that ``add_model_flags`` has asked for, and say what its adapter has to be told of."""
     import torch
 
     from sparse_llama.distributed.ranks import device

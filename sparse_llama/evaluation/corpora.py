@@ -5,9 +5,11 @@ Three corpora go by the names and the joins that published perplexities of LLaMA
 which is one file of code on the hub, is read from the parquet file that the hub made of it.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparse_llama.config.section import suggest
 from sparse_llama.config.settings import DataSettings
@@ -17,29 +19,41 @@ from sparse_llama.data.sources import open_source
 from sparse_llama.errors import DataError
 
 _BETWEEN_DOCUMENTS = "\n\n"
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 @dataclass(frozen=True)
 class HubText:
-    """Rows of a hub data set that are joined to one text."""
+    """Rows of a hub data set that are joined to one text, and what of it is a document."""
 
     arguments: tuple[str, ...]
     """Of ``datasets.load_dataset``: the data set and its configuration."""
     split: str
     column: str
     join: str
+    documents: Literal["rows", "pages", "whole"]
+    revision: str | None = None
+    """A commit, so that the same name is the same text tomorrow; None where ``data_files`` name one."""
     data_files: dict[str, str] | None = None
     num_rows: int | None = None
     """The first rows alone; None is all."""
 
 
 HUB_TEXTS = {
-    "wikitext2": HubText(("Salesforce/wikitext", "wikitext-2-raw-v1"), "test", "text", "\n\n"),
+    "wikitext2": HubText(
+        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        "test",
+        "text",
+        "\n\n",
+        "pages",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+    ),
     "ptb": HubText(
         ("parquet",),
         "test",
         "sentence",
         " ",
+        "whole",
         data_files={
             "test": "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet"
             "/penn_treebank/test/0000.parquet"
@@ -51,6 +65,8 @@ HUB_TEXTS = {
         "validation",
         "text",
         " ",
+        "rows",
+        revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         data_files={"validation": "en/c4-validation.00000-of-00008.json.gz"},
         num_rows=1100,
     ),
@@ -63,6 +79,8 @@ class Corpus:
 
     source: str
     text: str | None = None
+    documents: tuple[str, ...] = ()
+    """What ``text`` is made of, for measures that read document by document."""
     examples: tuple[Example, ...] = ()
     malformed: tuple[str, ...] = ()
     """Where, and why, for each record that was skipped."""
@@ -92,14 +110,29 @@ def read_corpus(name: str) -> Corpus:
         return Corpus(f"{name}, {part}", examples=tuple(examples), malformed=tuple(malformed))
     documents = [example.response for example in examples]
     how = "whole" if len(documents) == 1 else f"{len(documents):,} documents with a blank line between"
-    return Corpus(f"{name}, {how}", text=_BETWEEN_DOCUMENTS.join(documents), malformed=tuple(malformed))
+    text = _BETWEEN_DOCUMENTS.join(documents)
+    return Corpus(f"{name}, {how}", text=text, documents=tuple(documents), malformed=tuple(malformed))
+
+
+def pages_of(rows: Iterable[str]) -> list[str]:
+    """Return the articles of WikiText's rows, which are lines: each from its heading, ``= Title =``, on."""
+    pages: list[list[str]] = [[]]
+    for row in rows:
+        line = row.removesuffix("\n") or " "  # the hub's rows are empty where the file has a blank in a line
+        heading = line.strip()
+        if heading.startswith("= ") and heading.endswith(" =") and not heading.startswith("= ="):
+            pages.append([])
+        pages[-1].append(line)
+    joined = ["\n".join(lines) for lines in pages]
+    return [page for page in joined if page.strip()]
 
 
 def _from_hub(name: str, hub_text: HubText) -> Corpus:
     import datasets  # 2 s, and only the hub's corpora need it
     from datasets.exceptions import DatasetsError
 
-    options: dict[str, Any] = {} if hub_text.data_files is None else {"data_files": hub_text.data_files}
+    named = {"data_files": hub_text.data_files, "revision": hub_text.revision}
+    options: dict[str, Any] = {option: value for option, value in named.items() if value is not None}
     try:
         rows = datasets.load_dataset(*hub_text.arguments, split=hub_text.split, **options)
     except (OSError, ValueError, DatasetsError) as error:
@@ -109,6 +142,16 @@ def _from_hub(name: str, hub_text: HubText) -> Corpus:
             "network, or give a local file: --data FILE.txt"
         ) from error
     texts = list(rows[hub_text.column][: hub_text.num_rows])
+    text = hub_text.join.join(texts)
+    documents = {"rows": texts, "pages": pages_of(texts), "whole": [text]}[hub_text.documents]
     origin = " ".join([*hub_text.arguments, *(hub_text.data_files or {}).values()])
-    source = f"{origin}, {hub_text.split}, {len(texts):,} rows joined by {hub_text.join!r}"
-    return Corpus(source, text=hub_text.join.join(texts))
+    commit = hub_text.revision or _commit_of(rows)
+    read = origin if commit is None else f"{origin}, revision {commit}"
+    source = f"{read}, {hub_text.split}, {len(texts):,} rows joined by {hub_text.join!r}"
+    return Corpus(source, text=text, documents=tuple(documents))
+
+
+def _commit_of(rows: Any) -> str | None:
+    """Return the commit that ``datasets`` has read files of, where it says so."""
+    found = _COMMIT.search(" ".join(rows.info.download_checksums or {}))
+    return None if found is None else found[1]

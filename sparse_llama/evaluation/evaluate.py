@@ -2,22 +2,25 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sparse_llama.data.encode import encode_example
 from sparse_llama.data.ledger import Tally
 from sparse_llama.data.tokenizer import check_vocabulary
 from sparse_llama.errors import ConfigError
+from sparse_llama.evaluation.answers import Answer, answer_records
 from sparse_llama.evaluation.corpora import Corpus, read_corpus
-from sparse_llama.evaluation.exact_match import exact_match, spread
-from sparse_llama.evaluation.perplexity import Score, check_windows, score_responses, score_text
+from sparse_llama.evaluation.exact_match import spread
+from sparse_llama.evaluation.perplexity import check_windows, score_documents, score_responses, score_text
+from sparse_llama.evaluation.score import Score, TextSize, text_size
 from sparse_llama.generation import longest_sequence
 from sparse_llama.model.assemble import OpenedModel
-from sparse_llama.reporting.tables import format_seconds, format_share
+from sparse_llama.model.checks import check_perplexity
 
+Partition = Literal["windows", "harness"]
+"""Of text: windows at a stride over all of it, or lm-evaluation-harness's over each document."""
 USUAL_WINDOW = 2048
 """Tokens that published perplexities of LLaMA are measured over."""
-_COUNTS = ("records", "dropped", "truncated", "tokens_read", "tokens_dropped")
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,13 @@ class Evaluation:
     measured: Literal["text", "responses"]
     """Every token of a text but the first, or responses given their prompts."""
     score: Score
+    size: TextSize | None
+    """Of the text; None for records."""
+    partition: Partition | None
+    """None where records are measured one by one; ``window`` is then what they are cut at."""
     window: int
     stride: int | None
-    """None where records are measured one by one; ``window`` is then what they are cut at."""
+    """Of the partition into windows."""
     begins_with_bos: bool
     attention: str
     positions: str
@@ -39,7 +46,8 @@ class Evaluation:
     malformed: tuple[str, ...]
     tally: Tally | None
     """What became of records; None for text."""
-    exact_match: dict[str, Any] | None
+    answers: tuple[Answer, ...]
+    """Of the records that were asked."""
     elapsed_s: float
 
 
@@ -47,6 +55,7 @@ def evaluate(
     opened: OpenedModel,
     data: str,
     *,
+    partition: Partition | None = None,
     window: int | None = None,
     stride: int | None = None,
     num_answers: int = 0,
@@ -55,53 +64,64 @@ def evaluate(
     """Measure ``opened`` on ``data``: perplexity of text, or the loss of responses given their prompts.
 
     Args:
+        partition: of text; None is ``windows``.
         window: None is the length an adapter was trained at, the usual one for other models, or what the
             model has.
         stride: None is the window, which is how published perplexities are measured.
-        num_answers: records to answer greedily and compare whole, at equal distances.
+        num_answers: records to answer greedily and compare with their responses, at equal distances.
 
     Raises:
         SparseLlamaError: whatever is wrong with the data, the window or the model.
     """
-    if num_answers < 0:
-        raise ConfigError(f"--exact_match: must be 0 (off) or above, got {num_answers}")
-    if max_new_tokens < 1:
-        raise ConfigError(f"--max_new_tokens: must be at least 1, got {max_new_tokens}")
     started_s = time.perf_counter()
+    _check_counts(num_answers, max_new_tokens)
+    if partition == "harness" and stride is not None:
+        raise ConfigError("--stride: --partition harness has windows of its own; leave one of them out")
     window = default_window(opened) if window is None else window
     check_windows(opened.model, window, window if stride is None else stride)
     check_vocabulary(opened.tokenizer, opened.model.config.vocab_size)
     corpus = read_corpus(data)
-    matches: dict[str, Any] | None = None
     tally: Tally | None = None
+    answers: list[Answer] = []
     if corpus.text is not None:
         if num_answers:
             raise ConfigError(f"--exact_match: {data} is text without questions; give a data set of records")
-        stride = window if stride is None else stride
-        score = _score_text(opened, corpus.text, window=window, stride=stride, source=data)
+        partition = partition or "windows"
+        stride = stride or (window if partition == "windows" else None)
+        score = _score_text(opened, corpus, window=window, stride=stride, source=data)
     else:
-        if stride is not None:
-            raise ConfigError(f"--stride: {data} holds records, which are measured one by one; leave it out")
+        for flag, value in (("--stride", stride), ("--partition", partition)):
+            if value is not None:
+                raise ConfigError(
+                    f"{flag}: {data} holds records, which are measured one by one; leave it out"
+                )
         tally = Tally()
         score = _score_records(opened, corpus, window=window, source=data, tally=tally)
-        if num_answers:
-            answerable = [example for example in corpus.examples if example.prompt]
-            asked = spread(answerable, num_answers)
-            matches = exact_match(opened.model, opened.tokenizer, asked, max_new_tokens)
+    check_perplexity(
+        score.nll_per_token,
+        num_tokens=score.num_tokens,
+        vocab_size=opened.model.config.vocab_size,
+        source=opened.description,
+    )
+    if num_answers:
+        asked = spread([example for example in corpus.examples if example.prompt], num_answers)
+        answers = answer_records(opened.model, opened.tokenizer, asked, max_new_tokens)
     return Evaluation(
         model=opened.description,
         data=corpus.source,
         measured="responses" if corpus.text is None else "text",
         score=score,
+        size=None if corpus.text is None else _size(corpus, partition),
+        partition=partition,
         window=window,
         stride=stride,
         begins_with_bos=opened.tokenizer.bos_id is not None,
-        attention=_attention(opened),
-        positions=_positions(opened),
+        attention=attention_of(opened),
+        positions=positions_of(opened),
         dtype=str(opened.model.dtype).removeprefix("torch."),
         malformed=corpus.malformed,
         tally=tally,
-        exact_match=matches,
+        answers=tuple(answers),
         elapsed_s=time.perf_counter() - started_s,
     )
 
@@ -113,74 +133,8 @@ def default_window(opened: OpenedModel) -> int:
     return min(longest, usual)
 
 
-def to_rows(result: Evaluation) -> list[tuple[str, str]]:
-    """Return the result as label and value, for a table."""
-    is_text = result.measured == "text"
-    how = f"window {result.window}, stride {result.stride}" if is_text else f"cut at {result.window} tokens"
-    bos = "beginning of sequence in front once" if is_text else "each from its beginning of sequence"
-    rows = [
-        ("model", result.model),
-        ("data", result.data),
-        ("measured", "every token of the text" if is_text else "responses, given their prompts"),
-        ("how", f"{how}, {bos if result.begins_with_bos else 'no beginning of sequence'}"),
-        ("attention", result.attention),
-        ("positions", result.positions),
-        ("precision", f"{result.dtype}, losses fp32, sums fp64"),
-        *_record_rows(result),
-        ("tokens scored", f"{result.score.num_tokens:,}"),
-        ("loss per token", f"{result.score.nll_per_token:.4f} nats"),
-        ("perplexity", f"{result.score.perplexity:.4f}"),
-    ]
-    if result.exact_match is not None:
-        asked = result.exact_match["records"]
-        rows.append(("exact match", f"{format_share(result.exact_match['average'])} ({asked} answers)"))
-        rows += [
-            (f"  {name}", format_share(share)) for name, share in result.exact_match["by_category"].items()
-        ]
-    return [*rows, ("time", format_seconds(result.elapsed_s))]
-
-
-def to_json(result: Evaluation) -> dict[str, Any]:
-    """Return the result as JSON holds it."""
-    tally = result.tally
-    return {
-        "perplexity": result.score.perplexity,
-        "nll_per_token": result.score.nll_per_token,
-        "tokens": result.score.num_tokens,
-        "measured": result.measured,
-        "window": result.window,
-        "stride": result.stride,
-        "bos": result.begins_with_bos,
-        "source": result.data,
-        "description": result.model,
-        "attention": result.attention,
-        "positions": result.positions,
-        "dtype": result.dtype,
-        "malformed": list(result.malformed),
-        "records": None if tally is None else {name: getattr(tally, name) for name in _COUNTS},
-        "exact_match": result.exact_match,
-        "elapsed_s": result.elapsed_s,
-    }
-
-
-def _score_text(opened: OpenedModel, text: str, *, window: int, stride: int, source: str) -> Score:
-    tokenizer = opened.tokenizer
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
-    name = opened.description
-    return score_text(opened.model, ids, window=window, stride=stride, source=source, model_name=name)
-
-
-def _score_records(opened: OpenedModel, corpus: Corpus, *, window: int, source: str, tally: Tally) -> Score:
-    documents = [
-        document
-        for example in corpus.examples
-        for document in encode_example(example, opened.tokenizer, window, tally)
-    ]
-    rows = [(document.ids, document.labels) for document in documents]
-    return score_responses(opened.model, rows, source=source, model_name=opened.description)
-
-
-def _attention(opened: OpenedModel) -> str:
+def attention_of(opened: OpenedModel) -> str:
+    """Return which attention a model is measured with."""
     file, plan = opened.adapter_file, opened.plan
     if file is not None and plan is not None and plan.masters:
         return f"{file.layouts}, master of {file.master_length:,} tokens"
@@ -191,17 +145,47 @@ def _attention(opened: OpenedModel) -> str:
     return "dense"
 
 
-def _positions(opened: OpenedModel) -> str:
+def positions_of(opened: OpenedModel) -> str:
+    """Return how many positions a model has, and how they were stretched."""
     file, longest = opened.adapter_file, opened.model.config.max_position_embeddings
     if file is None or file.rope_parameters is None:
         return f"{longest:,}"
     return f"{longest:,}: {file.rope_parameters}"
 
 
-def _record_rows(result: Evaluation) -> list[tuple[str, str]]:
-    tally = result.tally
-    rows = [("malformed, skipped", reason) for reason in result.malformed]
-    if tally is None:
-        return rows
-    cut = f"{tally.truncated:,} truncated, {tally.dropped:,} dropped (no room for a response)"
-    return [("records", f"{tally.records:,}; {cut}"), *rows]
+def _check_counts(num_answers: int, max_new_tokens: int) -> None:
+    if num_answers < 0:
+        raise ConfigError(f"--exact_match: must be 0 (off) or above, got {num_answers}")
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens: must be at least 1, got {max_new_tokens}")
+
+
+def _score_text(
+    opened: OpenedModel, corpus: Corpus, *, window: int, stride: int | None, source: str
+) -> Score:
+    """Return the score of a text in windows; without a stride, of its documents in the harness's."""
+    tokenizer, name = opened.tokenizer, opened.description
+    if stride is None:
+        prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        documents = [tokenizer.encode(document) for document in corpus.documents]
+        return score_documents(
+            opened.model, documents, prefix=prefix, window=window, source=source, model_name=name
+        )
+    assert corpus.text is not None
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(corpus.text)
+    return score_text(opened.model, ids, window=window, stride=stride, source=source, model_name=name)
+
+
+def _size(corpus: Corpus, partition: Partition | None) -> TextSize:
+    assert corpus.text is not None
+    return text_size(corpus.documents if partition == "harness" else [corpus.text])
+
+
+def _score_records(opened: OpenedModel, corpus: Corpus, *, window: int, source: str, tally: Tally) -> Score:
+    documents = [
+        document
+        for example in corpus.examples
+        for document in encode_example(example, opened.tokenizer, window, tally)
+    ]
+    rows = [(document.ids, document.labels) for document in documents]
+    return score_responses(opened.model, rows, source=source, model_name=opened.description)

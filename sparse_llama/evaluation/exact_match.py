@@ -1,38 +1,25 @@
-"""Exact match: how many answers are the reference, word for word."""
+"""Exact match: how many answers are the reference, word for word; and which records are asked."""
 
 import random
-from collections import defaultdict
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from sparse_llama.data.records import Example
 from sparse_llama.data.tokenizer import Tokenizer
-from sparse_llama.generation import generate_batch
-
-ALL = "all"
-"""The category of records that name none."""
+from sparse_llama.evaluation.answers import answer_records, by_category
 
 
 def exact_match(
     llama: PreTrainedModel, tokenizer: Tokenizer, examples: list[Example], max_new_tokens: int
 ) -> dict[str, Any]:
-    """Return the share of greedy answers that are the whole response, white space at both ends aside.
+    """Return the share of greedy answers that are the whole response, white space at both ends aside, as
+    ``by_category`` does.
 
     Every rank must call it, as it does ``generate_batch``.
-
-    Returns:
-        ``by_category``: a share from 0 to 1 for each category, by name; ``average``: their mean, so that a
-        large category does not speak for a small one; ``records``: how many were asked.
     """
-    assert examples
-    answers = generate_batch(llama, tokenizer, [example.prompt for example in examples], max_new_tokens)
-    hits: defaultdict[str, list[bool]] = defaultdict(list)
-    for example, answer in zip(examples, answers, strict=True):
-        hits[example.category or ALL].append(answer.strip() == example.response.strip())
-    by_category = {category: sum(hits[category]) / len(hits[category]) for category in sorted(hits)}
-    average = sum(by_category.values()) / len(by_category)
-    return {"average": average, "by_category": by_category, "records": len(examples)}
+    answers = answer_records(llama, tokenizer, examples, max_new_tokens)
+    return by_category(answers, lambda answer: answer.exact)
 
 
 def spread(examples: list[Example], count: int) -> list[Example]:

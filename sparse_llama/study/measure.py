@@ -5,20 +5,26 @@ Every number is what ``launch/evaluate.py`` gives for the same model and data.
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_llama.data.prompt import alpaca_prompt
 from sparse_llama.distributed import ranks
 from sparse_llama.errors import SparseLlamaError
-from sparse_llama.evaluation.evaluate import evaluate, to_json
+from sparse_llama.evaluation.answers import write_answers
+from sparse_llama.evaluation.evaluate import evaluate
+from sparse_llama.evaluation.report import positions_to_json, to_json
+from sparse_llama.evaluation.retrieval import Retrieval, retrieve
+from sparse_llama.evaluation.score import by_position
 from sparse_llama.generation import generate_batch
 from sparse_llama.model.assemble import OpenedModel, open_model
-from sparse_llama.study.settings import EvaluationSettings
+from sparse_llama.study.settings import EvaluationSettings, RetrievalSettings
 from sparse_llama.training.metrics import write_json
 
-RESULT = "measured.json"
+RESULT, ANSWERS = "measured.json", "answers.jsonl"
+NUM_RANGES = 8
+"""Of positions, equally long, that a loss is told by."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +58,47 @@ def measure(order: Order) -> dict[str, Any]:
         "texts": {name: _text(opened, name, order.window) for name in asked.texts},
         "records": _records(opened, order) if asked.records else None,
         "answers": _answers(opened, asked),
+        "retrieval": None if asked.retrieval is None else _retrieval(opened, order, asked.retrieval),
     }
 
 
 def _text(opened: OpenedModel, name: str, window: int) -> dict[str, Any]:
-    """Return the perplexity of a text, or why there is none: a corpus that cannot be had must not cost the
-    others."""
+    """Return the perplexity of a text, in whole and by position, or why there is none: a corpus that cannot
+    be had must not cost the others."""
     try:
-        return to_json(evaluate(opened, name, window=window))
+        result = evaluate(opened, name, window=window)
     except SparseLlamaError as error:
         return {"error": str(error)}
+    return to_json(result) | {"by_position": positions_to_json(by_position(result.score, NUM_RANGES))}
 
 
 def _records(opened: OpenedModel, order: Order) -> dict[str, Any]:
     asked = order.evaluation
-    return to_json(
-        evaluate(
-            opened,
-            order.dataset,
-            window=order.window,
-            num_answers=asked.records,
-            max_new_tokens=asked.max_new_tokens,
-        )
+    result = evaluate(
+        opened,
+        order.dataset,
+        window=order.window,
+        num_answers=asked.records,
+        max_new_tokens=asked.max_new_tokens,
     )
+    write_answers(order.folder / ANSWERS, result.answers)
+    return to_json(result) | {"by_position": positions_to_json(by_position(result.score, NUM_RANGES))}
+
+
+def _retrieval(opened: OpenedModel, order: Order, asked: RetrievalSettings) -> dict[str, Any]:
+    """Return what is found, by length and depth; the same texts for every model of the study."""
+    found: Retrieval = retrieve(
+        opened,
+        asked.kind,
+        lengths=asked.lengths or None,
+        num_depths=asked.depths,
+        trials=asked.trials,
+    )
+    return {
+        "exact": found.exact,
+        "loss": found.loss,
+        "cells": [asdict(cell) for cell in found.cells],
+    }
 
 
 def _answers(opened: OpenedModel, asked: EvaluationSettings) -> dict[str, str]:

@@ -45,9 +45,6 @@ class EvaluationSettings(Section):
     texts: Names = ()
     """Of perplexity: ``wikitext2``, ``ptb``, ``c4``, or files."""
 
-    by_position: str | None = None
-    """A text, or the data set of records, whose loss is told by position; null is none."""
-
     records: int = Field(default=0, ge=0)
     """Validation records to answer, compared whole and by their longest common subsequence; 0 is none."""
 

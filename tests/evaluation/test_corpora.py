@@ -9,7 +9,9 @@ import pytest
 
 from sparse_llama.data.prompt import alpaca_prompt
 from sparse_llama.errors import DataError
-from sparse_llama.evaluation.corpora import read_corpus
+from sparse_llama.evaluation.corpora import pages_of, read_corpus
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def write_lines(path: Path, records: list[Any]) -> str:
@@ -20,43 +22,69 @@ def write_lines(path: Path, records: list[Any]) -> str:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Let ``load_dataset`` give 1,200 rows and note what it was asked for."""
+    """Let ``load_dataset`` give 1,200 rows of a commit and note what it was asked for."""
     asked: list[tuple[Any, ...]] = []
 
     def load_dataset(*arguments: str, **options: Any) -> datasets.Dataset:
         asked.append((*arguments, options))
         rows = [f"row {number}" for number in range(1200)]
-        return datasets.Dataset.from_dict({"text": rows, "sentence": rows})
+        files = {f"hf://datasets/some/one@{COMMIT}/test.parquet": {"num_bytes": 1, "checksum": None}}
+        info = datasets.DatasetInfo(download_checksums=files)
+        return datasets.Dataset.from_dict({"text": rows, "sentence": rows}, info=info)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
 
 def test_wikitext2_is_the_raw_test_split_joined_by_blank_lines(hub):
-    text = read_corpus("wikitext2").text
-    assert hub == [("Salesforce/wikitext", "wikitext-2-raw-v1", {"split": "test"})]
+    corpus = read_corpus("wikitext2")
+    ((data_set, configuration, options),) = hub
+    assert (data_set, configuration, options["split"]) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    assert f"wikitext-2-raw-v1, revision {options['revision']}, test, 1,200 rows" in corpus.source
+    text = corpus.text
     assert text is not None
     assert text.startswith("row 0\n\nrow 1\n\n")
     assert text.endswith("\n\nrow 1199")
 
 
 def test_ptb_is_the_hubs_parquet_of_the_test_split_joined_by_spaces(hub):
-    text = read_corpus("ptb").text
+    corpus = read_corpus("ptb")
+    text = corpus.text
+    assert f"revision {COMMIT}, test, 1,200 rows" in corpus.source
     ((builder, options),) = hub
     assert (builder, options["split"]) == ("parquet", "test")
     assert options["data_files"]["test"].startswith("hf://datasets/ptb-text-only/ptb_text_only@")
     assert text is not None
     assert text.startswith("row 0 row 1 ")
     assert text.endswith(" row 1199")
+    assert corpus.documents == (text,)
 
 
 def test_c4_is_the_first_1100_documents_of_the_first_validation_file(hub):
     corpus = read_corpus("c4")
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    assert hub == [("allenai/c4", {"split": "validation", "data_files": files})]
+    ((data_set, options),) = hub
+    assert (data_set, options["split"], options["data_files"]) == ("allenai/c4", "validation", files)
+    assert f"revision {options['revision']}" in corpus.source
+    assert corpus.documents == tuple(f"row {number}" for number in range(1100))
     assert corpus.text is not None
     assert corpus.text.endswith(" row 1099")
     assert "1,100 rows joined by ' '" in corpus.source
+
+
+def test_a_page_of_wikitext_begins_at_a_title_and_not_at_the_headings_within_it():
+    rows = ["", " = One = \n", "", " A text . \n", " = = Part = = \n", " = Two = \n", " = = = Deep = = = \n"]
+    assert pages_of(rows) == [
+        " = One = \n \n A text . \n = = Part = = ",
+        " = Two = \n = = = Deep = = = ",
+    ]
+
+
+@pytest.mark.real_data
+def test_wikitext2_has_the_62_pages_that_lm_eval_counts(shared: Path):
+    """``EleutherAI/wikitext_document_level``, of 62 rows in this split, is made from the same lines."""
+    text = (shared / "data" / "wikitext-2-test.txt").read_text(encoding="utf-8")
+    assert len(pages_of(text.splitlines())) == 62
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "ptb", "c4"])
@@ -80,6 +108,7 @@ def test_documents_are_joined_by_blank_lines_and_counted(tmp_path):
     name = write_lines(tmp_path / "texts.jsonl", [{"text": "one"}, {"text": "two\n"}, {"text": "three"}])
     corpus = read_corpus(name)
     assert corpus.text == "one\n\ntwo\n\n\nthree"
+    assert corpus.documents == ("one", "two\n", "three")
     assert "3 documents" in corpus.source
 
 

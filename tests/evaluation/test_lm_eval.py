@@ -2,8 +2,9 @@
 ``launch/evaluate.py`` does.
 
 Where both measure the same thing: a text of whole windows (lm-eval fills a last, shorter one with context),
-and responses less the end of sequence, which no text of lm-eval's has. lm-eval moves the line break at a
-prompt's end into the response; it is scored alone and taken off again.
+documents of any length under ``--partition harness``, and responses less the end of sequence, which no text
+of lm-eval's has. lm-eval moves the line break at a prompt's end into the response; it is scored alone and
+taken off again.
 
 lm-eval needs ``add_bos_token=False`` for texts, or it predicts a beginning of sequence as well (one is in
 front anyhow), and ``batch_size=1`` to let an adapted model generate, which takes no padding.
@@ -38,10 +39,18 @@ from sparse_llama.model.assemble import OpenedModel, open_model
 BASE = "bundled:tiny-llama"
 LAYOUTS = {"v1": None, "v2": {"mode": "local_sliding_window", "block": 16, "num_sliding_window_blocks": 3}}
 WINDOW, NUM_WINDOWS, NUM_RECORDS, NEW_TOKENS = 96, 4, 6, 6
+DOCUMENTS = (
+    " Mira lives in Oslo.\n\nShe has a cat. " * 17,
+    "Tom is a baker.",
+    "The pet of Ann is a donkey. \n" * 9,
+)
+DATA_OF = {"line_breaks": "responses", "bytes": "documents", "words": "documents"}
 ROUNDING = 2e-6  # relative, of sums of fp32 losses; measured: at most 1e-7, weights of the export are folded
 # lm-eval's kind of measurement, what is given, what is scored, and the number that comes out
 TASKS = {
     "text": ("loglikelihood_rolling", "", "{{text}}", "bits_per_byte"),
+    "bytes": ("loglikelihood_rolling", "", "{{text}}", "bits_per_byte"),
+    "words": ("loglikelihood_rolling", "", "{{text}}", "word_perplexity"),
     "responses": ("loglikelihood", "{{prompt}}", "{{response}}", "perplexity"),
     "line_breaks": ("loglikelihood", "{{prompt}}", "{{''}}", "perplexity"),
     "answers": ("generate_until", "{{prompt}}", "{{response}}", "exact_match"),
@@ -92,10 +101,11 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "text.txt").write_text(text, encoding="utf-8")
     num_tokens, records = records_of_one_length(opened)
     write_rows(folder / "text.jsonl", [{"text": text}])
+    write_rows(folder / "documents.jsonl", [{"text": document} for document in DOCUMENTS])
     write_rows(folder / "responses.jsonl", records)
     write_rows(folder / "answers.jsonl", half_known(opened, records))
     for name, (kind, given, wanted, metric) in TASKS.items():
-        data = folder / ("responses.jsonl" if name == "line_breaks" else f"{name}.jsonl")
+        data = folder / f"{DATA_OF.get(name, name)}.jsonl"
         task = {
             "task": name,
             "dataset_path": "json",
@@ -184,6 +194,17 @@ def test_the_loss_of_a_text_is_that_of_lm_eval(scene: Scene, model: str):
     ours = scene.ours(model, "text.txt", "--window", WINDOW)
     assert ours["tokens"] == NUM_WINDOWS * WINDOW
     assert ours["nll_per_token"] == pytest.approx(loss, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("model", ["adapter", "export"])
+def test_its_partition_scores_documents_of_any_length_per_word_and_per_byte(scene: Scene, model: str):
+    found = scene.theirs(model, ["words", "bytes"], batch_size=1, max_length=WINDOW, add_bos_token=False)
+    ours = scene.ours(model, "documents.jsonl", "--window", WINDOW, "--partition", "harness")
+    lengths = [len(scene.opened.tokenizer.encode(document)) for document in DOCUMENTS]
+    assert ours["tokens"] == sum(lengths)
+    assert any(length % WINDOW for length in lengths if length > WINDOW)
+    assert math.log(ours["word_perplexity"]) == pytest.approx(math.log(found["words"]), rel=ROUNDING)
+    assert ours["bits_per_byte"] == pytest.approx(found["bytes"], rel=ROUNDING)
 
 
 @pytest.mark.parametrize("model", ["adapter", "export"])

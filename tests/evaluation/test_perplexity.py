@@ -13,7 +13,9 @@ from transformers import LlamaForCausalLM
 
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.errors import ConfigError, DataError, ModelError
-from sparse_llama.evaluation.perplexity import Score, Window, cut_windows, score_responses, score_text
+from sparse_llama.evaluation.perplexity import score_responses, score_text
+from sparse_llama.evaluation.score import Score
+from sparse_llama.evaluation.windows import Window, cut_windows
 from sparse_llama.model.assemble import open_model
 
 SPARSE = parse_sparsity({"mode": "local_sliding_window", "block": 4, "num_sliding_window_blocks": 3})

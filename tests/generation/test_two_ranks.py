@@ -58,8 +58,10 @@ def test_ranks_that_disagree_give_the_main_ranks_answers(outcomes):
     assert [outcome["with_other_logits"] for outcome in outcomes] == [expected, expected]
 
 
-def test_a_texts_windows_are_shared_out_and_each_token_counts_once(outcomes):
+def test_windows_documents_and_prompts_are_shared_out_and_each_token_counts_once(outcomes):
     expected = outcomes[0]["lone_score"]
-    assert expected[1] == 49
+    assert (expected["text"][1], expected["documents"][1]) == (49, 50)
+    assert expected["cells"][::3] == [3, 2]  # trials
     for outcome in outcomes:
-        assert outcome["score"] == pytest.approx(expected, rel=1e-9)
+        for name, values in expected.items():
+            assert outcome["score"][name] == pytest.approx(values, rel=1e-9), name

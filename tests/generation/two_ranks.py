@@ -16,8 +16,10 @@ from sparse_llama.config.settings import AdapterSettings
 from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.data.batches import Batch
 from sparse_llama.distributed import ranks
+from sparse_llama.evaluation.haystack import Prompt
 from sparse_llama.evaluation.loss import mean_token_loss
-from sparse_llama.evaluation.perplexity import score_text
+from sparse_llama.evaluation.perplexity import score_documents, score_text
+from sparse_llama.evaluation.retrieval import score_prompts
 from sparse_llama.generation import generate_batch
 from sparse_llama.model.llama import load_llama
 from sparse_llama.model.objective import TokenLoss
@@ -100,11 +102,22 @@ def with_other_logits(folder: str) -> list[str]:
     return generate_batch(model.eval(), TOKENIZER, PROMPTS, 6)
 
 
-def measure(folder: str) -> list[float]:
-    """Return the summed loss and the tokens of a text in five windows."""
-    text = tokens(num_rows=1, num_tokens=50)[0].tolist()
-    score = score_text(build(folder).eval(), text, window=16, stride=9, source="test")
-    return [score.loss_sum, score.num_tokens]
+def measure(folder: str) -> dict[str, list[float]]:
+    """Return sums and counts: of a text in five windows, by position; of three documents; of five prompts."""
+    model, ids = build(folder).eval(), tokens(num_rows=1, num_tokens=50)[0].tolist()
+    text = score_text(model, ids, window=16, stride=9, source="test")
+    documents = [ids[:30], ids[30:31], ids[31:]]
+    harness = score_documents(model, documents, prefix=1, window=16, source="test")
+    prompts = [
+        Prompt("", "", tuple(ids[:-first]), tuple(ids[-first:]), 40 + first % 2, 0.5) for first in range(1, 6)
+    ]
+    cells = score_prompts(model, TOKENIZER, prompts)
+    return {
+        "text": [text.loss_sum, text.num_tokens],
+        "positions": [*text.loss_sums, *text.counts],
+        "documents": [harness.loss_sum, harness.num_tokens],
+        "cells": [value for cell in cells for value in (cell.num_trials, cell.exact, cell.loss)],
+    }
 
 
 if __name__ == "__main__":

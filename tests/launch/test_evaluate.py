@@ -12,7 +12,7 @@ import pytest
 import torch
 from adapted_models import save_adapted
 from rank_processes import process_environment
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_llama import cli
 from sparse_llama.config.bundled import resolve_bundled
@@ -119,21 +119,53 @@ def test_the_window_is_the_adapters_length_if_none_is_asked_for(run_folder, text
     assert (result["window"], result["dtype"]) == (2048, "bfloat16")  # config.json of the bundled model
 
 
-def test_answers_are_compared_if_asked_for(run_folder, tmp_path, capsys):
+def test_the_harness_partition_scores_every_token_of_every_document(tmp_path, capsys):
+    """``tests/evaluation`` compares the numbers with lm-eval's."""
+    documents = ["Mira lives in Oslo. " * 9, "Tom is a baker."]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    result = measure(tmp_path, "--model", BASE, "--data", path, "--window", "16", "--partition", "harness")
+    encode = open_model(BASE).tokenizer.encode
+    assert result["tokens"] == sum(len(encode(text)) for text in documents)
+    assert (result["partition"], result["stride"]) == ("harness", None)
+    assert result["words"] == sum(len(text.split(" ")) for text in documents)
+    assert result["word_perplexity"] == pytest.approx(math.exp(result["loss_sum"] / result["words"]))
+    shown = capsys.readouterr().out
+    assert "lm-evaluation-harness's windows of 16, each document" in shown
+    assert f"{result['word_perplexity']:,.4f} ({result['words']} words)" in shown
+
+
+def test_perplexity_by_position_is_shown_written_and_drawn(text, tmp_path, capsys):
+    picture = tmp_path / "deep" / "positions.png"
     result = measure(
-        tmp_path,
-        "--adapter",
-        run_folder,
-        "--data",
-        "bundled:people",
-        "--exact_match",
-        "6",
-        "--max_new_tokens",
-        "5",
+        tmp_path, "--model", BASE, "--data", text, "--window", "64", "--by_position", "4", "--png", picture
     )
-    assert result["exact_match"]["records"] == 6
-    assert 0 <= result["exact_match"]["average"] <= 1
-    assert "exact match" in capsys.readouterr().out
+    ranges = result["by_position"]
+    assert [(part["first"], part["last"]) for part in ranges] == [(1, 16), (17, 32), (33, 48), (49, 64)]
+    assert sum(part["tokens"] for part in ranges) == result["tokens"]
+    total = sum(part["tokens"] * part["nll_per_token"] for part in ranges)
+    assert total == pytest.approx(result["loss_sum"])
+    shown = capsys.readouterr().out
+    assert all(f"{part['perplexity']:.4f}" in shown for part in ranges)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert measure(tmp_path, "--model", BASE, "--data", text)["by_position"] is None
+
+
+def test_answers_are_compared_and_written_if_asked_for(run_folder, tmp_path, capsys):
+    file = tmp_path / "deep" / "answers.jsonl"
+    flags = ["--exact_match", "6", "--max_new_tokens", "5", "--answers", file]
+    result = measure(tmp_path, "--adapter", run_folder, "--data", "bundled:people", *flags)
+    answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == result["exact_match"]["records"] == result["rouge_l"]["records"] == 6
+    for name, value in (("exact_match", "exact"), ("rouge_l", "rouge_l")):
+        for category, mean in result[name]["by_category"].items():
+            values = [answer[value] for answer in answers if answer["category"] == category]
+            assert mean == pytest.approx(sum(values) / len(values))
+        assert 0 <= result[name]["average"] <= 1
+    assert len(result["rouge_l"]["by_category"]) > 1
+    shown = capsys.readouterr().out
+    assert "exact match" in shown
+    assert f"{result['rouge_l']['average']:.3f}" in shown
 
 
 def test_skipped_records_are_shown(tmp_path, capsys):
@@ -158,6 +190,23 @@ def test_a_base_that_was_never_loaded_is_refused(tmp_path, text, capsys):
     assert ended.value.code == 2
     captured = capsys.readouterr()
     assert "constant logits" in captured.err
+    assert "perplexity" not in captured.out
+
+
+def test_a_base_of_random_weights_is_refused_instead_of_printing_a_perplexity(tmp_path, text, capsys):
+    """Its logits differ from word to word, and mean nothing: what transformers makes of a checkpoint whose
+    names it does not know."""
+    folder = resolve_bundled(BASE)
+    assert folder is not None
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit) as ended:
+        evaluate("--model", tmp_path / "model", "--data", text)
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert "where guessing among 1,344 gives 1,344: a broken run" in captured.err
     assert "perplexity" not in captured.out
 
 
@@ -191,6 +240,23 @@ def test_a_base_that_was_never_loaded_is_refused(tmp_path, text, capsys):
             ["--model", BASE, "--data", "TEXT", "--window", "8", "--stride", "9"],
             "--stride: must be from 1 to the win",
         ),
+        (
+            ["--model", BASE, "--data", "bundled:people", "--partition", "harness"],
+            "--partition: bundled:people holds records",
+        ),
+        (
+            ["--model", BASE, "--data", "TEXT", "--partition", "harness", "--stride", "4"],
+            "--stride: --partition harness has windows of its own; leave one",
+        ),
+        (
+            ["--model", BASE, "--data", "TEXT", "--by_position", "0"],
+            "--by_position: must be .* got 0$",
+        ),
+        (
+            ["--model", BASE, "--data", "TEXT", "--png", "x.png"],
+            "--png: there is nothing to draw; add",
+        ),
+        (["--model", BASE, "--data", "TEXT", "--by_position", "--png", "."], r"--png \.: cannot be written"),
         (["--adapter", "missing", "--data", "TEXT"], "missing: no such file or folder"),
         (["--model", "missing/model/x", "--data", "TEXT"], "missing/model/x: no such folder"),
         (["--data", "TEXT"], "no model to open; give --model, --adapter, or both"),

@@ -7,7 +7,7 @@ import torch
 from adapted_models import tokens
 
 from sparse_llama.errors import ModelError
-from sparse_llama.model.checks import check_first_loss, check_logits
+from sparse_llama.model.checks import check_first_loss, check_logits, check_perplexity
 
 
 def test_a_model_with_a_zeroed_head_is_refused(tiny_llama):
@@ -47,3 +47,24 @@ def test_a_plausible_first_loss_passes():
 def test_random_weights_are_not_checked():
     check_logits(torch.zeros(1, 2, 5), source="tiny", random_weights=True)
     check_first_loss(99.0, vocab_size=5, source="tiny", random_weights=True)
+
+
+@pytest.mark.parametrize("loss", [math.log(31000), math.log(32000), math.log(32000) + 1.6])
+def test_a_perplexity_near_the_vocabulary_is_a_broken_run(loss):
+    """Random weights of 70B's width score ln V + 1.6: half of (0.02 ** 2) * 8,192."""
+    message = r"tiny: a perplexity of [\d,]+ over 5,000 tokens, .* 32,000: a broken run, .* not loaded"
+    with pytest.raises(ModelError, match=message):
+        check_perplexity(loss, num_tokens=5000, vocab_size=32000, source="tiny")
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_perplexity_that_is_no_number_is_a_broken_run(loss):
+    with pytest.raises(ModelError, match=r"a perplexity of (nan|inf) over 3 tokens"):
+        check_perplexity(loss, num_tokens=3, vocab_size=32000, source="tiny")
+
+
+def test_a_trained_model_passes_and_so_does_one_that_is_surely_wrong_or_measured_on_few_tokens():
+    check_perplexity(1.6, num_tokens=5000, vocab_size=32000, source="tiny")
+    check_perplexity(14.9, num_tokens=5000, vocab_size=1344, source="tiny")  # bundled:tiny-llama on C4
+    check_perplexity(5.51, num_tokens=5000, vocab_size=512, source="tiny")  # stories260K on WikiText-2
+    check_perplexity(math.log(32000), num_tokens=20, vocab_size=32000, source="tiny")

@@ -1,0 +1,56 @@
+"""Perplexity by the position in the window, as a PNG: a line of steps for each model."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_llama.errors import ConfigError
+
+_INCHES = (7.2, 4.2)
+
+
+@dataclass(frozen=True)
+class PositionCurve:
+    """One model's perplexity over ranges of positions."""
+
+    label: str
+    ranges: Sequence[tuple[int, int]]
+    """First and last position of each range, both included."""
+    perplexities: Sequence[float]
+
+
+def save_by_position(curves: Sequence[PositionCurve], title: str, file: Path) -> None:
+    """Draw ``curves`` over one another; a range is a level line as long as it is.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which only a PNG needs
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure = Figure(figsize=_INCHES, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for curve in curves:
+        edges = [edge for first, last in curve.ranges for edge in (first - 1, last)]
+        values = [value for value in curve.perplexities for _ in range(2)]
+        axes.plot(edges, values, label=textwrap.fill(curve.label, 60))
+    axes.set_xlabel("tokens before it in the window", fontsize=9)
+    axes.set_ylabel("perplexity", fontsize=9)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.set_xlim(left=0)
+    shown = [value for curve in curves for value in curve.perplexities if math.isfinite(value)]
+    highest = max(shown, default=1.0)
+    axes.set_ylim(0, 1.1 * highest)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(textwrap.fill(title, 90), fontsize=10)
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise ConfigError(f"--png {file}: cannot be written ({error.strerror}); name a file") from error
