@@ -8,11 +8,11 @@ from typing import Any
 
 from sparse_llama.config.document import read_document
 from sparse_llama.config.settings import Settings
-from sparse_llama.reporting.loss_png import LossCurve, LossPanel, save_losses
 from sparse_llama.reporting.page import Block, Code, Grid, Page, Picture, Section, Text, to_html, to_markdown
+from sparse_llama.study.pictures import loss_pictures, position_pictures, retrieval_pictures
 from sparse_llama.study.results import Results, read_results
 from sparse_llama.study.runs import Study
-from sparse_llama.study.settings import EQUAL_STEPS, EQUAL_TIME
+from sparse_llama.study.settings import EQUAL_TIME
 from sparse_llama.study.tables import (
     answers_table,
     baseline_table,
@@ -23,29 +23,35 @@ from sparse_llama.study.tables import (
     training_table,
 )
 
+_SCORES = {
+    "exact_match": "Exact match of the answers to held-out records.",
+    "rouge_l": "ROUGE-L of the same answers.",
+}
+"""By the key of what is measured."""
+
 
 def write_report(study: Study, baseline: Study | None = None) -> list[Path]:
     """Write the report of what is in the study's folder; return its files."""
     results = read_results(study)
-    pictures = _draw(results)
     page = Page(
         title=f"Study {study.name}",
         opening=_opening(results),
         sections=[
             *_corrected(study),
             *_training(results),
-            *_curves(pictures),
+            *_curves(results),
             *_cost(results),
             *_quality(results),
             *_answers(results),
             *_baseline(results, baseline),
-            Section("Runs", [status_table(results, "")]),
+            Section("Runs", [status_table(results)]),
         ],
     )
     files = {"report.md": to_markdown(page), "report.html": to_html(page)}
     for name, text in files.items():
         (study.output_dir / name).write_text(text, encoding="utf-8")
-    return [*(study.output_dir / name for name in files), *pictures.values()]
+    pictures = [block.file for part in page.sections for block in part.blocks if isinstance(block, Picture)]
+    return [*(study.output_dir / name for name in files), *pictures]
 
 
 def _opening(results: Results) -> list[Block]:
@@ -91,31 +97,9 @@ def _training(results: Results) -> list[Section]:
     return sections
 
 
-def _draw(results: Results) -> dict[str, Path]:
-    """Draw the curves of the first seed's runs; return the pictures by name."""
-    study = results.study
-    panels = []
-    for seq_length in study.settings.lengths:
-        firsts = [results.of(variant, seq_length, EQUAL_STEPS)[0] for variant in study.settings.variants]
-        curves = [
-            LossCurve(one.run.variant, one.train_curve(), one.validation_curve())
-            for one in firsts
-            if one.summary is not None
-        ]
-        if curves:
-            panels.append(LossPanel(f"{seq_length:,} tokens", curves))
-    if not panels:
-        return {}
-    file = study.output_dir / "losses.png"
-    save_losses(panels, f"{study.name}: loss", file)
-    return {"losses": file}
-
-
-def _curves(pictures: dict[str, Path]) -> list[Section]:
-    if "losses" not in pictures:
-        return []
-    words = "Loss over the steps of training, and of validation, of the first seed; on a logarithmic scale."
-    return [Section("Curves", [Picture(pictures["losses"], words)])]
+def _curves(results: Results) -> list[Section]:
+    pictures = loss_pictures(results)
+    return [Section("Curves", pictures)] if pictures else []
 
 
 def _cost(results: Results) -> list[Section]:
@@ -136,12 +120,13 @@ def _quality(results: Results) -> list[Section]:
     sections = []
     for seq_length in results.study.settings.lengths:
         blocks: list[Block] = []
-        matches = category_table(results, seq_length, "exact_match")
-        if matches is not None:
-            blocks += [Text("Exact match of the answers to held-out records."), matches]
+        for key, words in _SCORES.items():
+            table = category_table(results, seq_length, key)
+            blocks += [] if table is None else [Text(words), table]
         perplexities = perplexity_table(results, seq_length)
         if perplexities is not None:
             blocks += [Text(f"Perplexity over windows of {seq_length:,} tokens."), perplexities]
+        blocks += [*position_pictures(results, seq_length), *retrieval_pictures(results, seq_length)]
         if blocks:
             sections.append(Section(f"Quality at {seq_length:,} tokens", blocks))
     return sections

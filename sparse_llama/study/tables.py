@@ -83,7 +83,7 @@ def category_table(results: Results, seq_length: int, key: str, compare: str = E
     record was answered.
 
     Args:
-        key: ``exact_match``.
+        key: ``exact_match`` or ``rouge_l``.
     """
     base = _by_category(results.bases.get(seq_length), key)
     columns = [[base] if base else []]
@@ -93,7 +93,8 @@ def category_table(results: Results, seq_length: int, key: str, compare: str = E
     categories = dict.fromkeys(name for column in columns for found in column for name in found)
     if not categories:
         return None
-    rows = [[name, *(_share_cell(column, name) for column in columns)] for name in categories]
+    show = format_share if key == "exact_match" else _three_digits
+    rows = [[name, *(_category_cell(column, name, show) for column in columns)] for name in categories]
     return Grid(["category", BASE, *results.study.settings.variants], rows)
 
 
@@ -164,18 +165,14 @@ def _before_and_now(before: float | None, now: float | None, show: Show) -> str:
     return f"{show(before)} -> {show(now)}{change}"
 
 
-def status_table(results: Results, root: str) -> Grid:
-    """Return every run with its folder and the command that repeats it.
-
-    Args:
-        root: of the study, relative to the report.
-    """
+def status_table(results: Results) -> Grid:
+    """Return every run with its folder and the command that repeats it."""
     rows: list[list[str | Cell]] = []
     for one in results.runs:
         status = "not run yet" if one.outcome is None else one.outcome.status
         reason = "" if one.outcome is None else one.outcome.reason
         command = "" if one.outcome is None else f"`{one.outcome.command}`"
-        rows.append([Cell(one.run.name, f"{root}runs/{one.run.name}/"), status, reason or command])
+        rows.append([Cell(one.run.name, f"runs/{one.run.name}/"), status, reason or command])
     return Grid(["run", "", "repeated by, or why not"], rows, is_text=True)
 
 
@@ -228,8 +225,12 @@ def _by_category(measured: dict[str, Any] | None, key: str) -> dict[str, float]:
     return {**records[key]["by_category"], "average": records[key]["average"]}
 
 
-def _share_cell(column: Sequence[dict[str, float]], category: str) -> str:
-    return shown([found[category] for found in column if category in found], format_share)
+def _three_digits(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _category_cell(column: Sequence[dict[str, float]], category: str, show: Show) -> str:
+    return shown([found[category] for found in column if category in found], show)
 
 
 def _text_value(measured: dict[str, Any] | None, text: str) -> float | str | None:

@@ -12,7 +12,12 @@ BLOCK: dict[str, Any] = {
     "lengths": [128],
     "seeds": [1, 2, 3],
     "compare": ["equal_steps", "equal_time"],
-    "evaluation": {"records": 4, "texts": ["wikitext2", "mine.txt"], "prompts": ["Who | what?"]},
+    "evaluation": {
+        "records": 4,
+        "texts": ["wikitext2", "mine.txt"],
+        "prompts": ["Who | what?"],
+        "retrieval": {"trials": 2},
+    },
 }
 
 
@@ -42,13 +47,33 @@ def summary(**own: Any) -> dict[str, Any]:
 
 def measured(exact_match: float, perplexity: float | str, answer: str) -> dict[str, Any]:
     """Return what a model was measured at."""
-    text = {"error": perplexity} if isinstance(perplexity, str) else {"perplexity": perplexity}
-    records = {"exact_match": {"average": exact_match, "by_category": {"qa": exact_match}, "records": 4}}
+    text = {"error": perplexity} if isinstance(perplexity, str) else _text(perplexity)
+    scores = {"average": exact_match, "by_category": {"qa": exact_match}, "records": 4}
+    overlap = {"average": 0.75, "by_category": {"qa": 0.75}, "records": 4}
+    cells = [
+        {
+            "length": length,
+            "depth": depth,
+            "num_trials": 2,
+            "exact": exact_match,
+            "loss": depth + length / 100,
+        }
+        for length in (64, 128)
+        for depth in (0.0, 1.0)
+    ]
     return {
-        "texts": {"wikitext2": text, "mine.txt": {"perplexity": 7.0}},
-        "records": records,
+        "texts": {"wikitext2": text, "mine.txt": _text(7.0)},
+        "records": {"exact_match": scores, "rouge_l": overlap},
         "answers": {"Who | what?": answer},
+        "retrieval": {"exact": exact_match, "loss": 1.0, "cells": cells},
     }
+
+
+def _text(perplexity: float) -> dict[str, Any]:
+    ranges = [
+        {"first": 1 + 64 * part, "last": 64 * (part + 1), "perplexity": perplexity} for part in range(2)
+    ]
+    return {"perplexity": perplexity, "by_position": ranges}
 
 
 def leave(

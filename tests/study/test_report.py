@@ -140,6 +140,8 @@ def test_a_variant_is_compared_with_the_reference_of_the_same_seed(study: Study)
 def test_quality_and_answers_stand_beside_the_bases(study: Study):
     write_report(study)
     assert table(study, "category")["qa"] == ["0%", "50%", "25%"]
+    overlaps = [one for one in html_of(study).tables if one[0][0] == "category"][1]
+    assert overlaps[1] == ["qa", "0.750", "0.750", "0.750"]
     texts = table(study, "text")
     assert texts["wikitext2"] == ["99.00", "14.00 (13.00 to 15.00)", "no network"]
     assert texts["mine.txt"] == ["7.00", "7.00", "7.00"]
@@ -179,9 +181,16 @@ def test_markdown_has_the_tables_of_the_html(study: Study):
 def test_the_html_needs_nothing_else_and_every_link_leads_somewhere(study: Study):
     files = write_report(study)
     found = html_of(study)
-    picture = next(file for file in files if file.suffix == ".png")
-    (loaded,) = found.loaded
-    assert base64.b64decode(loaded.removeprefix("data:image/png;base64,")) == picture.read_bytes()
+    pictures = [file for file in files if file.suffix == ".png"]
+    assert [file.name for file in pictures] == [
+        "losses.png",
+        "positions_128_0.png",
+        "positions_128_1.png",
+        "retrieval_exact_128.png",
+        "retrieval_loss_128.png",
+    ]
+    decoded = [base64.b64decode(one.removeprefix("data:image/png;base64,")) for one in found.loaded]
+    assert decoded == [file.read_bytes() for file in pictures]
     assert found.links
     missing = [link for link in found.links if not (study.output_dir / link).is_dir()]
     assert set(missing) <= {"runs/sparse_128_seed3_equal_time/"}, "which has not begun"
