@@ -67,6 +67,14 @@ class DataSettings(Section):
     validation: DatasetName | None = None
     """Another such name for validation; null is the data set's own validation split, or records split off."""
 
+    training_split: str | None = Field(default=None, min_length=1)
+    """Split of a hub data set, or files of a folder by name without ending, to train on; null is the one that
+    is called train."""
+
+    validation_split: str | None = Field(default=None, min_length=1)
+    """The same to validate on, of ``validation`` where that is given; null is the one called validation, or
+    test."""
+
     validation_records: int | None = Field(default=None, ge=1)
     """Records to split off for validation where the data set brings no split of its own."""
 
@@ -81,6 +89,16 @@ class DataSettings(Section):
 
     max_records: int | None = Field(default=None, ge=1)
     """Training records to use at most; null is all."""
+
+    @model_validator(mode="after")
+    def _two_splits(self) -> Self:
+        split = self.validation_split
+        if split is not None and split == self.training_split and self.validation is None:
+            raise ValueError(
+                f"training_split and validation_split are both {show(split)}; name two, or leave "
+                "validation_split out to hold records back"
+            )
+        return self
 
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

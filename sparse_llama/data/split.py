@@ -27,8 +27,11 @@ def read_examples(data: DataSettings, ledger: Ledger) -> tuple[list[Example], li
     Raises:
         DataError: no such data set, too many malformed records, or nothing left of a part.
     """
-    source = open_source(data.dataset)
-    other = None if data.validation is None else open_source(data.validation)
+    own_split = data.validation_split if data.validation is None else None
+    source = open_source(data.dataset, training_split=data.training_split, validation_split=own_split)
+    other = None
+    if data.validation is not None:
+        other = open_source(data.validation, validation_split=data.validation_split)
     ledger.training_source, ledger.not_used = source.training_name, list(source.not_used)
     training = _take(source.training, source.training_name, data, ledger)
     chosen = source if other is None else other
