@@ -84,6 +84,10 @@ class DataSettings(Section):
     packing: bool = True
     """Fill rows with several documents; exact: each document trains as it would alone."""
 
+    group_by_length: bool = False
+    """Without packing: sort the rows of a step by length before it is cut into micro-batches, which pads
+    less. A step's rows stay what they are."""
+
     max_malformed: int = Field(default=10, ge=0)
     """Malformed records to report and skip before the run is refused."""
 

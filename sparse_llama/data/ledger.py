@@ -30,6 +30,8 @@ class Tally:
     """Prompts, and first tokens of documents."""
     tokens_padded: int = 0
     """Between documents, behind the last one of a row, behind rows shorter than others of a micro-batch."""
+    tokens_padding_saved: int = 0
+    """That would have been padded without ``group_by_length``."""
     rows: int = 0
     longest_document: int = 0
     """Its tokens."""
@@ -88,8 +90,9 @@ def _records_line(tally: Tally) -> str:
 
 def _tokens_line(tally: Tally) -> str:
     repeated = f", {tally.tokens_repeated:,} repeated" if tally.tokens_repeated else ""
+    saved = f", {tally.tokens_padding_saved:,} saved by length" if tally.tokens_padding_saved else ""
     return (
         f"{tally.tokens_read:,} read{repeated}; {tally.tokens_labelled:,} trained on, "
         f"{tally.tokens_masked:,} masked, {tally.tokens_dropped:,} dropped; "
-        f"{tally.tokens_padded:,} of padding added"
+        f"{tally.tokens_padded:,} of padding added{saved}"
     )

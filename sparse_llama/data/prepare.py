@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from sparse_llama.config.settings import Settings
-from sparse_llama.data.batches import WHOLE, Batch, Batches, Shard, count_padding, validation_batches
+from sparse_llama.data.batches import (
+    WHOLE,
+    Batch,
+    Batches,
+    Shard,
+    by_length,
+    count_padding,
+    validation_batches,
+)
 from sparse_llama.data.encode import encode_example
 from sparse_llama.data.ledger import Ledger, Tally
 from sparse_llama.data.packing import Document, Row, one_per_row, pack
@@ -30,6 +38,7 @@ def prepare_data(
     *,
     align: int,
     micro_batch_size: int,
+    accumulation: int = 1,
     rank: int,
     world_size: int,
     shard: Shard = WHOLE,
@@ -38,6 +47,7 @@ def prepare_data(
 
     Args:
         align: documents of a packed row start at its multiples: the block of a sparse layout, else 1.
+        accumulation: micro-batches of a step on each rank; what ``group_by_length`` saves depends on it.
         rank, world_size: of the processes that read different rows.
         shard: what this process holds of each row that it reads.
 
@@ -45,6 +55,7 @@ def prepare_data(
         DataError: no such data set, too many malformed records, or nothing left to train or validate on.
     """
     ledger = Ledger(settings.seq_length, settings.data.packing)
+    is_grouped = settings.data.group_by_length and not settings.data.packing
     training, held_out = read_examples(settings.data, ledger)
     rows, _ = _encode(training, tokenizer, settings, align, ledger.training, "training")
     batches = Batches(
@@ -54,10 +65,17 @@ def prepare_data(
         world_size=world_size,
         seed=settings.seed,
         shard=shard,
+        group_by_length=is_grouped,
     )
-    ledger.training.tokens_padded += count_padding(batches.first_epoch, micro_batch_size, shard.count)
+    padded, as_drawn = (batches.count_padding(accumulation, as_drawn=drawn) for drawn in (False, True))
+    ledger.training.tokens_padded += padded
+    ledger.training.tokens_padding_saved = as_drawn - padded
     rows, fitting = _encode(held_out, tokenizer, settings, align, ledger.validation, "validation")
-    ledger.validation.tokens_padded += count_padding(rows, micro_batch_size, shard.count)
+    as_drawn = count_padding(rows, micro_batch_size, shard.count)
+    rows = by_length(rows) if is_grouped else rows
+    padded = count_padding(rows, micro_batch_size, shard.count)
+    ledger.validation.tokens_padded += padded
+    ledger.validation.tokens_padding_saved = as_drawn - padded
     held_out_batches = validation_batches(
         rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, shard=shard
     )

@@ -83,6 +83,7 @@ def prepare(run: Run, console: Console) -> Session:
         tokenizer,
         align=run.layouts.align,
         micro_batch_size=run.micro_batch_size,
+        accumulation=run.gradient_accumulation_steps,
         rank=ranks.rank() // sharing,
         world_size=ranks.world_size() // sharing,
         shard=Shard(ranks.rank() % sharing, sharing),

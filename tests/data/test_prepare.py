@@ -15,10 +15,24 @@ from sparse_llama.errors import DataError
 
 
 def prepare(
-    tokenizer: Tokenizer, *, seq_length: int = 160, align: int = 1, micro: int = 2, **data: object
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int = 160,
+    align: int = 1,
+    micro: int = 2,
+    accumulation: int = 1,
+    **data: object,
 ) -> PreparedData:
     settings = Settings.parse({"seq_length": seq_length, "data": data}, "sparse_llama")
-    return prepare_data(settings, tokenizer, align=align, micro_batch_size=micro, rank=0, world_size=1)
+    return prepare_data(
+        settings,
+        tokenizer,
+        align=align,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        rank=0,
+        world_size=1,
+    )
 
 
 def write(path: Path, count: int, **extra: str) -> str:
@@ -73,6 +87,37 @@ def test_documents_of_packed_rows_start_at_multiples_of_the_block(tokenizer: Tok
     assert len(starts) == 3
     assert max(starts) > 0
     assert (starts % 16 == 0).all()
+
+
+def test_length_grouping_says_what_it_saves_and_leaves_the_validation_rows_the_same(
+    tokenizer: Tokenizer, tmp_path: Path
+):
+    lines = [json.dumps({"instruction": "Who?", "response": "Ann " * (1 + n * 7 % 23)}) for n in range(46)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    drawn, grouped = (
+        prepare(
+            tokenizer,
+            dataset=str(tmp_path / "a.jsonl"),
+            packing=False,
+            group_by_length=is_grouped,
+            validation_records=6,
+            accumulation=10,
+        )
+        for is_grouped in (False, True)
+    )
+    for name in ("training", "validation"):
+        before, after = getattr(drawn.ledger, name), getattr(grouped.ledger, name)
+        assert before.tokens_padding_saved == 0 < after.tokens_padding_saved
+        assert after.tokens_padded + after.tokens_padding_saved == before.tokens_padded
+    saved = grouped.ledger.training.tokens_padding_saved
+    assert any(f"{saved:,} saved by length" in value for _, value in grouped.ledger.rows())
+    labels = [
+        sorted(
+            int(batch.shift_labels[row].gt(-100).sum()) for batch in data.validation_batches for row in (0, 1)
+        )
+        for data in (drawn, grouped)
+    ]
+    assert labels[0] == labels[1]
 
 
 def test_malformed_records_are_skipped_up_to_a_limit_and_shown(tokenizer: Tokenizer, tmp_path: Path):
