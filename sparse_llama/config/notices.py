@@ -233,6 +233,8 @@ def _settings(block: Mapping[str, Any], settings: Settings) -> Iterator[str]:
         for key in ("validation_records", "split_seed"):
             if key in block.get("data", {}):
                 yield f"sparse_llama.data.{key}: no effect; validation is given"
+    if data.cache_dir is not None and not data.cache:
+        yield "sparse_llama.data.cache_dir: no effect; cache is false"
     if model.revision is not None and model.path.startswith("bundled:"):
         yield "sparse_llama.model.revision: no effect; the model is bundled"
     if (

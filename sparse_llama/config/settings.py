@@ -88,6 +88,13 @@ class DataSettings(Section):
     """Without packing: sort the rows of a step by length before it is cut into micro-batches, which pads
     less. A step's rows stay what they are."""
 
+    cache: bool = True
+    """Keep tokenised rows on disk, for the next start with the same records, tokenizer and lengths."""
+
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Folder of these rows; null is SPARSE_LLAMA_CACHE of the environment, else sparse-llama in the user's
+    cache folder. Whatever is in it can be deleted at any time."""
+
     max_malformed: int = Field(default=10, ge=0)
     """Malformed records to report and skip before the run is refused."""
 

@@ -7,6 +7,7 @@ way. Otherwise they come from ``tokenizer.json``.
 Special tokens that occur in text, such as ``</s>``, are text: a data set cannot end a document.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,11 @@ class Tokenizer(Protocol):
     """Of the end of a sequence."""
     vocab_size: int
     """One more than the largest id."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the files that ids come from: tokenizers of one fingerprint give one text the same."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without beginning or end."""
@@ -54,6 +60,11 @@ class SentencePieceTokenizer:
         self.bos_id = bos_id if bos_id >= 0 else None  # SentencePiece's -1 is "none", not an id
         self.eos_id: int = eos_id
         self.vocab_size: int = self._processor.vocab_size()
+        self._path = path
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self._path, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -84,6 +95,11 @@ class FastTokenizer:
             )
         self.eos_id: int = eos_id
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self._path = path
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self._path, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -126,6 +142,10 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocabulary is {vocab_size}; "
             "they are of two models"
         )
+
+
+def _fingerprint(path: Path, bos_id: int | None, eos_id: int) -> str:
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()} {bos_id} {eos_id}"
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def prepare(run: Run, console: Console) -> Session:
         rank=ranks.rank() // sharing,
         world_size=ranks.world_size() // sharing,
         shard=Shard(ranks.rank() % sharing, sharing),
+        console=console,
     )
     steps, epochs = settings.training.steps, settings.training.epochs
     total_steps = steps or num_optimizer_steps(data.batches.num_rows, run.global_batch_size, epochs or 1)
@@ -145,12 +146,8 @@ def _answerable(examples: list[Example], llama: LlamaForCausalLM, tokenizer: Tok
 
 def _resolve_on_main_first(path: str, revision: str | None) -> Path:
     """Return the model's folder; the main rank downloads, the others then find it in the cache."""
-    if not ranks.is_main():
-        ranks.barrier()
-    folder = resolve_model(path, revision)
-    if ranks.is_main():
-        ranks.barrier()
-    return folder
+    with ranks.main_first():
+        return resolve_model(path, revision)
 
 
 def _describe(run: Run, assembled: Assembled, parameters: dict[str, nn.Parameter]) -> AdapterFile:
