@@ -33,6 +33,7 @@ def _check_name(name: str, kind: str, bundled: Iterable[str]) -> str:
     return name
 
 
+TemplateName = Literal["alpaca", "tokenizer"]
 ModelName = Annotated[str, AfterValidator(check_model)]
 DatasetName = Annotated[str, AfterValidator(check_dataset)]
 
@@ -80,6 +81,9 @@ class DataSettings(Section):
 
     split_seed: int = Field(default=42, ge=0)
     """Which records are split off."""
+
+    template: TemplateName = "alpaca"
+    """What stands around questions and answers: Stanford Alpaca's text, or the tokenizer's chat template."""
 
     packing: bool = True
     """Fill rows with several documents; exact: each document trains as it would alone."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparse_llama.config.settings import DataSettings, Settings
-from sparse_llama.data import encode, packing, rows
+from sparse_llama.data import chat, encode, packing, rows
 from sparse_llama.data.ledger import Tally
 from sparse_llama.data.packing import Row
 from sparse_llama.data.records import Example
@@ -32,7 +32,7 @@ from sparse_llama.data.tokenizer import Tokenizer
 
 ENVIRONMENT = "SPARSE_LLAMA_CACHE"
 _ROWS, _MANIFEST = "rows.safetensors", "manifest.json"
-_CODE = (encode, packing, rows)
+_CODE = (chat, encode, packing, rows)
 _LIBRARIES = ("sentencepiece", "tokenizers")
 _TABLES = ("ids", "positions", "labels")
 

@@ -19,6 +19,7 @@ from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.records import Example
 from sparse_llama.data.rows import EncodedRows, make_rows
 from sparse_llama.data.split import read_examples
+from sparse_llama.data.template import template_of
 from sparse_llama.data.tokenizer import Tokenizer
 from sparse_llama.distributed import ranks
 from sparse_llama.errors import DataError
@@ -50,6 +51,7 @@ def prepare_data(
     """Return the training and validation batches of one rank; all ranks must call it.
 
     Args:
+        tokenizer: with the template of ``settings``.
         align: documents of a packed row start at its multiples: the block of a sparse layout, else 1.
         accumulation: micro-batches of a step on each rank; what ``group_by_length`` saves depends on it.
         rank, world_size: of the processes that read different rows.
@@ -59,9 +61,10 @@ def prepare_data(
     Raises:
         DataError: no such data set, too many malformed records, or nothing left to train or validate on.
     """
+    assert template_of(tokenizer) == settings.data.template
     ledger = Ledger(settings.seq_length, settings.data.packing)
     is_grouped = settings.data.group_by_length and not settings.data.packing
-    training, held_out = read_examples(settings.data, ledger)
+    training, held_out = read_examples(settings.data, ledger, tokenizer)
     console = console or Console(quiet=True)
     encoder = _Encoder(tokenizer, settings, align, open_cache(settings.data, console), console)
     encoded = encoder.rows_of(training, "training")

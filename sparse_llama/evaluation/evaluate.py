@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sparse_llama.config.settings import TemplateName
 from sparse_llama.data.encode import encode_example
 from sparse_llama.data.ledger import Tally
 from sparse_llama.data.tokenizer import check_vocabulary
@@ -32,6 +33,8 @@ class Evaluation:
     window: int
     stride: int | None
     """None where records are measured one by one; ``window`` is then what they are cut at."""
+    template: TemplateName
+    """Around questions and answers; of no effect on text."""
     begins_with_bos: bool
     attention: str
     positions: str
@@ -71,7 +74,7 @@ def evaluate(
     window = default_window(opened) if window is None else window
     check_windows(opened.model, window, window if stride is None else stride)
     check_vocabulary(opened.tokenizer, opened.model.config.vocab_size)
-    corpus = read_corpus(data)
+    corpus = read_corpus(data, opened.templated)
     matches: dict[str, Any] | None = None
     tally: Tally | None = None
     if corpus.text is not None:
@@ -87,7 +90,7 @@ def evaluate(
         if num_answers:
             answerable = [example for example in corpus.examples if example.prompt]
             asked = spread(answerable, num_answers)
-            matches = exact_match(opened.model, opened.tokenizer, asked, max_new_tokens)
+            matches = exact_match(opened.model, opened.templated, asked, max_new_tokens)
     return Evaluation(
         model=opened.description,
         data=corpus.source,
@@ -95,6 +98,7 @@ def evaluate(
         score=score,
         window=window,
         stride=stride,
+        template=opened.template,
         begins_with_bos=opened.tokenizer.bos_id is not None,
         attention=_attention(opened),
         positions=_positions(opened),
@@ -126,6 +130,7 @@ def to_rows(result: Evaluation) -> list[tuple[str, str]]:
         ("attention", result.attention),
         ("positions", result.positions),
         ("precision", f"{result.dtype}, losses fp32, sums fp64"),
+        *([] if is_text else [("template", result.template)]),
         *_record_rows(result),
         ("tokens scored", f"{result.score.num_tokens:,}"),
         ("loss per token", f"{result.score.nll_per_token:.4f} nats"),
@@ -150,6 +155,7 @@ def to_json(result: Evaluation) -> dict[str, Any]:
         "measured": result.measured,
         "window": result.window,
         "stride": result.stride,
+        "template": result.template,
         "bos": result.begins_with_bos,
         "source": result.data,
         "description": result.model,
@@ -174,7 +180,7 @@ def _score_records(opened: OpenedModel, corpus: Corpus, *, window: int, source: 
     documents = [
         document
         for example in corpus.examples
-        for document in encode_example(example, opened.tokenizer, window, tally)
+        for document in encode_example(example, opened.templated, window, tally)
     ]
     rows = [(document.ids, document.labels) for document in documents]
     return score_responses(opened.model, rows, source=source, model_name=opened.description)

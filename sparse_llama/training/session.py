@@ -20,6 +20,7 @@ from sparse_llama.data.batches import Batch, Batches, Shard
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.prepare import PreparedData, prepare_data
 from sparse_llama.data.records import Example
+from sparse_llama.data.template import with_template
 from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sparse_llama.distributed import ranks
 from sparse_llama.distributed.sequence import join_sequence_group
@@ -45,6 +46,7 @@ class Session:
     llama: LlamaForCausalLM
     parameters: dict[str, nn.Parameter]
     tokenizer: Tokenizer
+    """With the run's template."""
     batches: Batches
     validation_batches: list[Batch]
     validation_examples: list[Example]
@@ -75,7 +77,7 @@ def prepare(run: Run, console: Console) -> Session:
         sharing,
         num_groups=settings.memory.num_head_groups or 1,
     )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = with_template(load_tokenizer(folder), folder, settings.data.template)
     check_vocabulary(tokenizer, config.vocab_size)
     console.print(f"reading {settings.data.dataset} ...")
     data = prepare_data(
@@ -166,6 +168,7 @@ def _describe(run: Run, assembled: Assembled, parameters: dict[str, nn.Parameter
             "seed": settings.seed,
             "seq_length": settings.seq_length,
             "rope_parameters": assembled.rope_parameters,
+            "template": settings.data.template,
             "dtype": str(DTYPES[run.precision]).removeprefix("torch."),
             "trainable_parameters": sum(count_elements(parameter) for parameter in parameters.values()),
             "version": __version__,
