@@ -8,6 +8,7 @@ from sparse_llama.cli.benchmark import benchmark, benchmark_parser
 from sparse_llama.cli.entry import is_main, main, world_size
 from sparse_llama.cli.flags import Parser, add_model_flags, add_run_flags, overrides, parser
 from sparse_llama.cli.imports import import_adapter, import_adapter_parser
+from sparse_llama.cli.inspection import inspect_data, inspect_data_parser
 from sparse_llama.cli.layouts import show_layout, show_layout_parser
 from sparse_llama.cli.models import (
     evaluate,
@@ -35,6 +36,8 @@ __all__ = [
     "generate_parser",
     "import_adapter",
     "import_adapter_parser",
+    "inspect_data",
+    "inspect_data_parser",
     "is_main",
     "main",
     "overrides",

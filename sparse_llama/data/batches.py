@@ -40,6 +40,10 @@ class Batch:
         """Tokens that are predicted: the first of a row cannot be."""
         return int((self.shift_labels != IGNORED).sum())
 
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ids, positions and labels."""
+        return self.input_ids, self.position_ids, self.shift_labels
+
     def to(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the tensors by the names of the model's arguments."""
         return {

@@ -64,6 +64,15 @@ class ChatTokenizer:
         marks = set(self._marks.values())
         return self.plain.decode([token for token in ids if token not in marks])
 
+    def name_of(self, token: int) -> str:
+        """Return what the vocabulary calls a token."""
+        return self.marks.get(token) or self.plain.name_of(token)
+
+    @property
+    def marks(self) -> dict[int, str]:
+        """The tokens that the template writes or could write, by id."""
+        return {number: text for text, number in self._marks.items()}
+
     def write(self, messages: Sequence[Message], *, is_asked: bool = False) -> str:
         """Return a conversation as the template writes it; one that ``is_asked`` goes on with an answer.
 

@@ -27,6 +27,7 @@ def encode_example(example: Example, tokenizer: Tokenizer, row_length: int, tall
     if example.prompt == "":
         documents = _cut_text(whole.ids, row_length)
         tally.tokens_repeated += len(documents) - 1
+        tally.texts_cut += len(documents) > 1
     else:
         documents = _cut_record(whole, row_length, tally)
     for document in documents:

@@ -1,7 +1,9 @@
 """From a data set's name to batches: read, split, encode once, and keep account."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
+import torch
 from rich.console import Console
 
 from sparse_llama.config.settings import Settings
@@ -15,7 +17,7 @@ from sparse_llama.data.batches import (
     validation_batches,
 )
 from sparse_llama.data.cache import RowCache, open_cache, rows_key
-from sparse_llama.data.ledger import Ledger
+from sparse_llama.data.ledger import Ledger, Tally, describe_lengths
 from sparse_llama.data.records import Example
 from sparse_llama.data.rows import EncodedRows, make_rows
 from sparse_llama.data.split import read_examples
@@ -34,6 +36,8 @@ class PreparedData:
     validation_examples: list[Example]
     """Those that fit a row, in the data set's order."""
     ledger: Ledger
+    record_lengths: torch.Tensor
+    """Tokens of every training record before it was cut; int32."""
 
 
 def prepare_data(
@@ -68,7 +72,7 @@ def prepare_data(
     console = console or Console(quiet=True)
     encoder = _Encoder(tokenizer, settings, align, open_cache(settings.data, console), console)
     encoded = encoder.rows_of(training, "training")
-    ledger.training = encoded.tally
+    ledger.training, lengths = _described(encoded, training), encoded.record_lengths
     batches = Batches(
         encoded.rows,
         micro_batch_size=micro_batch_size,
@@ -82,7 +86,7 @@ def prepare_data(
     ledger.training.tokens_padded += padded
     ledger.training.tokens_padding_saved = as_drawn - padded
     encoded = encoder.rows_of(held_out, "validation")
-    ledger.validation = encoded.tally
+    ledger.validation = _described(encoded, held_out)
     as_drawn = count_padding(encoded.rows, micro_batch_size, shard.count)
     rows = by_length(encoded.rows) if is_grouped else encoded.rows
     padded = count_padding(rows, micro_batch_size, shard.count)
@@ -92,7 +96,15 @@ def prepare_data(
         rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, shard=shard
     )
     fitting = [held_out[number] for number in encoded.fitting]
-    return PreparedData(batches, held_out_batches, fitting, ledger)
+    return PreparedData(batches, held_out_batches, fitting, ledger, lengths)
+
+
+def _described(encoded: EncodedRows, examples: list[Example]) -> Tally:
+    """Return the account of the rows with what is known of their records."""
+    named = Counter(example.category for example in examples if example.category is not None)
+    return replace(
+        encoded.tally, lengths=describe_lengths(encoded.record_lengths), categories=dict(named.most_common())
+    )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,13 @@ def template_of(tokenizer: Tokenizer) -> TemplateName:
     return "tokenizer" if isinstance(tokenizer, ChatTokenizer) else "alpaca"
 
 
+def named_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the tokens that stand for no text, by id: begin and end of sequence, those of a template."""
+    plain = tokenizer.plain if isinstance(tokenizer, ChatTokenizer) else tokenizer
+    ends = {token: plain.name_of(token) for token in (plain.bos_id, plain.eos_id) if token is not None}
+    return ends | (tokenizer.marks if isinstance(tokenizer, ChatTokenizer) else {})
+
+
 def write_records(records: Iterable[Found], tokenizer: Tokenizer | None) -> Iterator[Found]:
     """Yield ``records`` in the template of ``tokenizer``; what it cannot write is malformed."""
     for found in records:

@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
         of an unfinished character."""
         ...
 
+    def name_of(self, token: int) -> str:
+        """Return what a vocabulary calls a token, such as ``</s>``."""
+        ...
+
 
 class SentencePieceTokenizer:
     """A ``tokenizer.model``."""
@@ -71,6 +75,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([token for token in ids if token < self.vocab_size])
+
+    def name_of(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
 
 
 class FastTokenizer:
@@ -106,6 +113,9 @@ class FastTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def name_of(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or f"<{token}>"
 
     def _special(self, folder: Path, name: str) -> int | None:
         token = _table(folder / "tokenizer_config.json").get(f"{name}_token")

@@ -186,7 +186,7 @@ def _check_first_logits(run: Run, llama: LlamaForCausalLM, data: PreparedData) -
 
 
 def _notices(run: Run, assembled: Assembled, data: PreparedData) -> tuple[str, ...]:
-    notices = list(assembled.notices)
+    notices = [*assembled.notices, *data.ledger.warnings()]
     length, longest = run.settings.seq_length, data.ledger.training.longest_document
     plan = assembled.plan
     if plan.is_sparse_at(length) and not plan.is_sparse_at(longest):
