@@ -189,7 +189,7 @@ def _write_model(
     folder: Path,
     dtype: torch.dtype,
     max_shard_bytes: int,
-    template: TemplateName,
+    template: TemplateName = "alpaca",
 ) -> None:
     named = {} if template == "alpaca" else {TEMPLATE_KEY: template}
     text = json.dumps(merged.config_json(dtype) | named, indent=2, sort_keys=True) + "\n"

@@ -126,6 +126,11 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "sparse_llama.data.validation_records: no effect; validation is given",
     ),
     (
+        "the folder of a cache that is off",
+        {"sparse_llama": {"data": {"cache": False, "cache_dir": "rows"}}},
+        "sparse_llama.data.cache_dir: no effect; cache is false",
+    ),
+    (
         "lengths of packed rows",
         {"sparse_llama": {"data": {"group_by_length": True}}},
         "sparse_llama.data.group_by_length: no effect; packed rows are all of one length",

@@ -95,12 +95,43 @@ def test_evaluation_measures_the_losses_of_training(run_folder: Path, tmp_path: 
     assert found["nll_per_token"] == pytest.approx(summary["validation_loss"], rel=1e-4)
 
 
-def test_another_template_than_that_of_training_is_refused(run_folder: Path, capsys):
-    arguments = ["--adapter", str(run_folder), "--prompt", QUESTION, "--template", "alpaca"]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--template", "alpaca"], "was trained with template tokenizer; leave it out"),
+        (["--template", "tokenizer", "--raw"], "--template: is what --raw leaves out; give one of them"),
+        (["--context", "</s>"], "--prompt: messages[0]: holds '</s>', which the chat template would take"),
+    ],
+)
+def test_another_template_than_that_of_training_is_refused(run_folder: Path, capsys, flags, message):
+    arguments = ["--adapter", str(run_folder), "--prompt", QUESTION, *flags]
     with pytest.raises(SystemExit) as ended:
         cli.main(cli.generate, cli.generate_parser("doc"), arguments)
     assert ended.value.code == 2
-    assert "was trained with template tokenizer; leave it out" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
+
+
+def test_a_run_that_goes_on_from_another_template_says_so(run_folder: Path, tmp_path: Path, capsys):
+    """From an adapter, and from a checkpoint."""
+    settings = read_json(run_folder / "run.json")["sparse_llama"]
+    data = settings["data"] | {"template": "alpaca"}
+    block = {"seq_length": 128, "model": {"path": settings["model"]["path"]}, "data": data}
+    for name, start in (
+        ("from_adapter", {"init_adapter": str(run_folder)}),
+        ("from_checkpoint", {}),
+    ):
+        training = {"steps": 3, "samples": 0} | start
+        document = {"train_micro_batch_size_per_gpu": 2, "sparse_llama": block | {"training": training}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    fit(load_run(tmp_path / "from_adapter.json", Overrides(output_dir=tmp_path / "one"), 1))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{run_folder}: was trained with template tokenizer, this run writes alpaca" in said
+    resume = Overrides(output_dir=tmp_path / "two", resume=run_folder / "checkpoints" / "step_000002")
+    fit(load_run(tmp_path / "from_checkpoint.json", resume, 1))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: it was trained with template tokenizer, this run goes on with alpaca" in said
+    assert read_adapter_config(tmp_path / "two" / "adapter").template == "alpaca"
 
 
 def test_a_base_alone_answers_in_the_template_that_is_asked_for(base: Path, capsys):
