@@ -24,12 +24,24 @@ LLAMA_2 = (
 TEXTS = ["Where does Ann live?", "Ann lives in Oslo.", "user\nassistant\nsystem\n", "  two  spaces\n\n"]
 
 
-def write_byte_level(folder: Path, template: str | None = CHATML, **config: Any) -> Path:
-    """Write a ``tokenizer.json`` of bytes and a few merges, as LLaMA 3 and Qwen have it, into ``folder``."""
+def write_byte_level(
+    folder: Path, template: str | None = CHATML, *, metaspace: str | None = None, **config: Any
+) -> Path:
+    """Write a ``tokenizer.json`` of bytes and a few merges, as LLaMA 3 and Qwen have it, into ``folder``.
+
+    Args:
+        metaspace: where a space is put in front of a text, as converted SentencePiece files do it; None is
+            nowhere.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if metaspace is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace)  # type: ignore[arg-type]
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=metaspace)  # type: ignore[arg-type]
+        alphabet = sorted({*"".join(TEXTS), "Y", "s", ".", "B", "\U0001f642", "\u2581"})
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS * 20, trainer)
     tokenizer.add_special_tokens(

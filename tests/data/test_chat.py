@@ -72,6 +72,20 @@ def test_the_ids_are_those_of_transformers_up_to_the_last_end_of_turn(
     ]
 
 
+@pytest.mark.parametrize("metaspace", ["first", "always", "never"])
+def test_later_turns_are_read_in_their_place_where_a_text_s_beginning_has_other_ids(
+    tmp_path: Path, metaspace: str
+):
+    """A space is put in front of the first text, or of each between two tokens."""
+    chat = [CHAT[1], {"role": "assistant", "content": "Ann lives in Oslo."}, CHAT[1], CHAT[4]]
+    folder = write_byte_level(tmp_path, metaspace=metaspace)
+    tokenizer = open_template(folder)
+    document = encode_turns(written(tokenizer, chat), tokenizer)
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert document.ids == expected[: len(document.ids)]
+    assert document.ids.count(tokenizer.eos_id) == 4
+
+
 def test_the_prompt_of_generation_is_that_of_transformers_and_a_prefix_of_the_whole(
     folder: Path, chatml: ChatTokenizer
 ):
