@@ -61,6 +61,14 @@ def _one_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep tokenised rows out of the user's cache, also those of processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSE_LLAMA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., LlamaConfig]:
     """Return a function that makes the tiny configuration, with overrides."""

@@ -19,7 +19,7 @@ from sparse_llama.adapters.norm import AdaptedRMSNorm
 from sparse_llama.adapters.scale_bias import Becomes, ScaleBiasLinear
 from sparse_llama.adapters.zero_init import ATTENTION_NAME, ZeroInitAttention, register_zero_init_attention
 from sparse_llama.attention.interface import AttentionPlan, attach_attention
-from sparse_llama.config.settings import AdapterSettings
+from sparse_llama.config.settings import AdapterSettings, TemplateName
 from sparse_llama.errors import ConfigError
 
 _BECOMES: dict[str, Becomes] = {
@@ -41,6 +41,7 @@ def attach_adapters(
     name: str = DEFAULT,
     dtype: torch.dtype = torch.float32,
     plan: AttentionPlan | None = None,
+    template: TemplateName = "alpaca",
 ) -> None:
     """Add an adapter to ``model``, make it the active one, and freeze everything else.
 
@@ -54,6 +55,7 @@ def attach_adapters(
         dtype: of the adapter's parameters. In bf16 a scale near 1 cannot move by lr x gradient, so whoever
             trains it in bf16 has to keep fp32 masters, as DeepSpeed does.
         plan: how the model attends while this adapter is active; None is as it does now.
+        template: of the prompts that it was or will be trained with, for ``save_adapter`` to note.
 
     Raises:
         ConfigError: no layer is left to adapt, or more are asked for than there are.
@@ -69,7 +71,7 @@ def attach_adapters(
         bank = AdapterBank(model, present)
     _wrap(model, settings)
     parameters = _new_parameters(model, settings, bank, seed=seed, dtype=dtype)
-    bank.add(model, name, NamedAdapter(settings, parameters, plan or bank.base_plan, seed))
+    bank.add(model, name, NamedAdapter(settings, parameters, plan or bank.base_plan, seed, template))
     register_zero_init_attention()
     model.set_attn_implementation(ATTENTION_NAME)
 

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from sparse_llama.adapters.merge import head_gates
 from sparse_llama.adapters.zero_init import GateActivation, ZeroInitAttention
 from sparse_llama.attention.interface import AttentionPlan
-from sparse_llama.config.settings import AdapterSettings
+from sparse_llama.config.settings import AdapterSettings, TemplateName
 from sparse_llama.errors import ConfigError
 
 DEFAULT = "default"
@@ -33,6 +33,8 @@ class NamedAdapter:
     plan: AttentionPlan
     """How the model attends with it: a sparse layout is part of what was trained."""
     seed: int
+    template: TemplateName = "alpaca"
+    """What stood around questions and answers in training."""
 
 
 class AdapterBank:

@@ -120,7 +120,9 @@ def load_adapter(
     plan = None if stored.file.layouts.is_dense else plan_of_adapter(stored.file, model.config)
     bank = bank_of(model)
     before = None if bank is None else (dict(bank.adapters), bank.active)
-    attach_adapters(model, stored.file.adapter, seed=stored.file.seed, name=name, plan=plan)
+    attach_adapters(
+        model, stored.file.adapter, seed=stored.file.seed, name=name, plan=plan, template=stored.file.template
+    )
     bank = require_bank(model)
     try:
         apply_adapter(model, stored.tensors, name=name, source=str(source))
@@ -169,6 +171,7 @@ def save_adapter(
             "seed": adapter.seed,
             "seq_length": length,
             "rope_parameters": fixed_parameters(model.config),
+            "template": adapter.template,
             "dtype": _dtype_name(model.dtype),
             "trainable_parameters": sum(tensor.numel() for tensor in adapter.parameters.values()),
             "version": __version__,

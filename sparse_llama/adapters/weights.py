@@ -15,7 +15,7 @@ from sparse_llama.adapters.bank import DEFAULT, bank_of
 from sparse_llama.config.layers import Layers, LayerSparsities, LayoutOfLayers, layer_sparsities
 from sparse_llama.config.rope import FixedRopeParameters
 from sparse_llama.config.section import FrozenList, Section
-from sparse_llama.config.settings import AdapterSettings
+from sparse_llama.config.settings import AdapterSettings, TemplateName
 from sparse_llama.errors import CheckpointError, SparseLlamaError
 
 WEIGHTS_NAME = "adapter.safetensors"
@@ -48,6 +48,8 @@ class AdapterFile(Section):
     seq_length: int = Field(ge=1)
     rope_parameters: FixedRopeParameters | None = None
     """The rotary settings that it was trained with, in transformers' keys; None is the base's own."""
+    template: TemplateName = "alpaca"
+    """What stood around questions and answers; evaluation and generation use it too."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """What the run computed in; evaluation and export use it too."""
     trainable_parameters: int

@@ -9,6 +9,7 @@ from sparse_llama.cli.entry import is_main, main, world_size
 from sparse_llama.cli.evaluation import evaluate, evaluate_parser
 from sparse_llama.cli.flags import Parser, add_model_flags, add_run_flags, overrides, parser
 from sparse_llama.cli.imports import import_adapter, import_adapter_parser
+from sparse_llama.cli.inspection import inspect_data, inspect_data_parser
 from sparse_llama.cli.layouts import show_layout, show_layout_parser
 from sparse_llama.cli.models import export, export_parser, generate, generate_parser
 from sparse_llama.cli.planning import plan_memory, plan_memory_parser
@@ -30,6 +31,8 @@ __all__ = [
     "generate_parser",
     "import_adapter",
     "import_adapter_parser",
+    "inspect_data",
+    "inspect_data_parser",
     "is_main",
     "main",
     "overrides",

@@ -158,6 +158,11 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
         help="full attention in place of the layout that the adapter was trained with: another function",
     )
     add("--trust_remote_code", action="store_true", help="run modelling code that the model brings")
+    add(
+        "--template",
+        choices=("alpaca", "tokenizer"),
+        help="around questions (default: the one of training, else alpaca); tokenizer: its chat template",
+    )
 
 
 def make_room_for(flag: str, file: Path) -> None:

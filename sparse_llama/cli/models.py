@@ -39,20 +39,25 @@ def generate(arguments: argparse.Namespace) -> None:
         return  # one prompt is one process' work
     if arguments.raw and arguments.context:
         raise ConfigError("--context: belongs to the template, which --raw leaves out; put it into --prompt")
-    from sparse_llama.data.prompt import alpaca_prompt
+    from sparse_llama.data.template import write_prompt
     from sparse_llama.generation import encode_prompt, generate_stream, room_after
 
-    prompt = arguments.prompt if arguments.raw else alpaca_prompt(arguments.prompt, arguments.context)
+    if arguments.raw and arguments.template:
+        raise ConfigError("--template: is what --raw leaves out; give one of them")
     opened = open_asked(arguments)
+    tokenizer = opened.tokenizer if arguments.raw else opened.templated
+    prompt = arguments.prompt
+    if not arguments.raw:
+        prompt = write_prompt(tokenizer, arguments.prompt, arguments.context)
     length = arguments.max_new_tokens
     if length is None:
-        room = room_after(opened.model, len(encode_prompt(opened.tokenizer, prompt)))
+        room = room_after(opened.model, len(encode_prompt(tokenizer, prompt)))
         length = min(room, DEFAULT_NEW_TOKENS)
         if room < DEFAULT_NEW_TOKENS:
             print(f"note: the model has room for an answer of at most {room} tokens", file=sys.stderr)
     for piece in generate_stream(
         opened.model,
-        opened.tokenizer,
+        tokenizer,
         prompt,
         max_new_tokens=length,
         temperature=arguments.temperature,
@@ -171,6 +176,7 @@ def open_asked(arguments: argparse.Namespace) -> "OpenedModel":
         device=device(),
         trust_remote_code=arguments.trust_remote_code,
         dense_attention=arguments.dense_attention,
+        template=arguments.template,
     )
     if is_main():
         for notice in opened.notices:

@@ -119,6 +119,7 @@ class _Conductor:
         order = {
             "model": settings.model.path,
             "adapter": adapter,
+            "template": settings.data.template,
             "window": run.seq_length,
             "dataset": settings.data.validation or settings.data.dataset,
             "evaluation": self._study.settings.evaluation.model_dump(mode="json"),

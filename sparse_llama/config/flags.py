@@ -98,7 +98,8 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
     """Return a checked ``document`` with ``flags`` in it.
 
     ``--model`` and ``--dataset`` also drop what belonged to the replaced one: its revision, its validation
-    set and the number of records to split off. ``--steps`` replaces ``epochs`` and the other way round.
+    set, the names of its splits and the number of records to split off. ``--steps`` replaces ``epochs`` and
+    the other way round.
 
     Raises:
         ConfigError: a flag that this document gives no meaning to.
@@ -123,7 +124,7 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
     if flags.dataset is not None:
         data = settings.setdefault("data", {})
         data["dataset"] = flags.dataset
-        for key in ("validation", "validation_records"):
+        for key in ("validation", "validation_records", "training_split", "validation_split"):
             data.pop(key, None)
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if getattr(flags, name) is not None:

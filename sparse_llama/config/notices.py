@@ -75,6 +75,7 @@ def find_notices(
     found += _attention(file, merged, layouts, flags)
     found += _checkpoints(checked)
     found += _settings(merged.get("sparse_llama", {}), checked.sparse_llama)
+    found += _grouping(merged, checked.sparse_llama)
     return tuple(dict.fromkeys(found))
 
 
@@ -232,6 +233,8 @@ def _settings(block: Mapping[str, Any], settings: Settings) -> Iterator[str]:
         for key in ("validation_records", "split_seed"):
             if key in block.get("data", {}):
                 yield f"sparse_llama.data.{key}: no effect; validation is given"
+    if data.cache_dir is not None and not data.cache:
+        yield "sparse_llama.data.cache_dir: no effect; cache is false"
     if model.revision is not None and model.path.startswith("bundled:"):
         yield "sparse_llama.model.revision: no effect; the model is bundled"
     if (
@@ -240,6 +243,15 @@ def _settings(block: Mapping[str, Any], settings: Settings) -> Iterator[str]:
         and "max_new_tokens" in block.get("training", {})
     ):
         yield "sparse_llama.training.max_new_tokens: no effect; samples and exact_match_records are 0"
+
+
+def _grouping(merged: Mapping[str, Any], settings: Settings) -> Iterator[str]:
+    if not settings.data.group_by_length:
+        return
+    if settings.data.packing:
+        yield "sparse_llama.data.group_by_length: no effect; packed rows are all of one length"
+    elif merged.get("train_batch_size") == merged.get("train_micro_batch_size_per_gpu") is not None:
+        yield "sparse_llama.data.group_by_length: no effect; a step is one micro-batch"
 
 
 def _is_on(value: object) -> bool:

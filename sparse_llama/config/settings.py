@@ -33,6 +33,7 @@ def _check_name(name: str, kind: str, bundled: Iterable[str]) -> str:
     return name
 
 
+TemplateName = Literal["alpaca", "tokenizer"]
 ModelName = Annotated[str, AfterValidator(check_model)]
 DatasetName = Annotated[str, AfterValidator(check_dataset)]
 
@@ -67,20 +68,52 @@ class DataSettings(Section):
     validation: DatasetName | None = None
     """Another such name for validation; null is the data set's own validation split, or records split off."""
 
+    training_split: str | None = Field(default=None, min_length=1)
+    """Split of a hub data set, or files of a folder by name without ending, to train on; null is the one that
+    is called train."""
+
+    validation_split: str | None = Field(default=None, min_length=1)
+    """The same to validate on, of ``validation`` where that is given; null is the one called validation, or
+    test."""
+
     validation_records: int | None = Field(default=None, ge=1)
     """Records to split off for validation where the data set brings no split of its own."""
 
     split_seed: int = Field(default=42, ge=0)
     """Which records are split off."""
 
+    template: TemplateName = "alpaca"
+    """What stands around questions and answers: Stanford Alpaca's text, or the tokenizer's chat template."""
+
     packing: bool = True
     """Fill rows with several documents; exact: each document trains as it would alone."""
+
+    group_by_length: bool = False
+    """Without packing: sort the rows of a step by length before it is cut into micro-batches, which pads
+    less. A step's rows stay what they are."""
+
+    cache: bool = True
+    """Keep tokenised rows on disk, for the next start with the same records, tokenizer and lengths."""
+
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Folder of these rows; null is SPARSE_LLAMA_CACHE of the environment, else sparse-llama in the user's
+    cache folder. Whatever is in it can be deleted at any time."""
 
     max_malformed: int = Field(default=10, ge=0)
     """Malformed records to report and skip before the run is refused."""
 
     max_records: int | None = Field(default=None, ge=1)
     """Training records to use at most; null is all."""
+
+    @model_validator(mode="after")
+    def _two_splits(self) -> Self:
+        split = self.validation_split
+        if split is not None and split == self.training_split and self.validation is None:
+            raise ValueError(
+                f"training_split and validation_split are both {show(split)}; name two, or leave "
+                "validation_split out to hold records back"
+            )
+        return self
 
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

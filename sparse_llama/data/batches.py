@@ -40,6 +40,10 @@ class Batch:
         """Tokens that are predicted: the first of a row cannot be."""
         return int((self.shift_labels != IGNORED).sum())
 
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ids, positions and labels."""
+        return self.input_ids, self.position_ids, self.shift_labels
+
     def to(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the tensors by the names of the model's arguments."""
         return {
@@ -52,7 +56,9 @@ class Batch:
 class Batches:
     """The training rows, in an order that is drawn anew every epoch, shared out among ranks.
 
-    ``rank`` of ``world_size`` counts those that read different rows: with sequence parallelism, the groups.
+    Args:
+        rank, world_size: of those that read different rows: with sequence parallelism, the groups.
+        group_by_length: cut a step into micro-batches by the lengths of its rows, the longest first.
     """
 
     def __init__(
@@ -64,9 +70,10 @@ class Batches:
         world_size: int,
         seed: int,
         shard: Shard = WHOLE,
+        group_by_length: bool = False,
     ) -> None:
         assert len(rows) > 0
-        self._shard = shard
+        self._shard, self._is_grouped = shard, group_by_length
         self._rows, self._micro, self._rank, self._world = rows, micro_batch_size, rank, world_size
         self._seed = seed
         self._epoch_order = lru_cache(maxsize=2)(self._draw_order)  # a step may reach into the next epoch
@@ -75,24 +82,29 @@ class Batches:
     def num_rows(self) -> int:
         return len(self._rows)
 
-    @property
-    def first_epoch(self) -> list[Row]:
-        """The rows in the order of the first epoch, all ranks'."""
-        return [self._rows[index] for index in self._epoch_order(0)]
+    def count_padding(self, accumulation: int, *, as_drawn: bool = False) -> int:
+        """Return the tokens that the micro-batches of the first epoch add to its rows, over all ranks.
+
+        Args:
+            as_drawn: what it would be with ``group_by_length`` off.
+        """
+        order = self._epoch_order(0)
+        steps = _cut([self._rows[index] for index in order], self._micro * accumulation * self._world)
+        if self._is_grouped and not as_drawn:
+            steps = [by_length(rows) for rows in steps]
+        return sum(count_padding(rows, self._micro, self._shard.count) for rows in steps)
 
     def step(self, step_index: int, accumulation: int) -> list[Batch]:
         """Return this rank's micro-batches of an optimizer step, counted from 0.
 
         All ranks' together are rows [step G, step G + G) of the epochs laid end to end, G rows a step: the
-        same rows however G is cut into micro-batches and ranks.
+        same rows however G is cut into micro-batches and ranks, grouped by length or not:
+        grouping sorts the G rows, and an optimizer step weighs every labelled token of its rows the same.
         """
-        first = step_index * self._micro * accumulation * self._world
-        batches: list[Batch] = []
-        for micro_step in range(accumulation):
-            start = first + (micro_step * self._world + self._rank) * self._micro
-            rows = [self._row(number) for number in range(start, start + self._micro)]
-            batches.append(collate(rows, self._shard))
-        return batches
+        num_rows = self._micro * accumulation * self._world
+        rows = [self._row(number) for number in range(step_index * num_rows, (step_index + 1) * num_rows)]
+        pieces = _cut(by_length(rows) if self._is_grouped else rows, self._micro)
+        return [collate(piece, self._shard) for piece in pieces[self._rank :: self._world]]
 
     def _row(self, number: int) -> Row:
         epoch, place = divmod(number, len(self._rows))
@@ -114,6 +126,14 @@ def validation_batches(
     pieces = _cut(rows, micro_batch_size)
     pieces += [[_unlabelled(rows[-1])]] * (-len(pieces) % world_size)
     return [collate(piece, shard) for piece in pieces[rank::world_size]]
+
+
+def by_length(rows: Sequence[Row]) -> list[Row]:
+    """Return ``rows`` from the longest to the shortest: memory that is short is so in the first micro-batch.
+
+    Rows of equal length keep their order.
+    """
+    return sorted(rows, key=len, reverse=True)
 
 
 def count_padding(rows: Sequence[Row], micro_batch_size: int, num_shards: int = 1) -> int:

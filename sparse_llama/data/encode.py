@@ -10,6 +10,7 @@ text is cut into pieces that share one token with the piece before: every token 
 lost.
 """
 
+from sparse_llama.data.chat import ChatTokenizer
 from sparse_llama.data.ledger import Tally
 from sparse_llama.data.packing import IGNORED, Document
 from sparse_llama.data.records import Example
@@ -26,6 +27,7 @@ def encode_example(example: Example, tokenizer: Tokenizer, row_length: int, tall
     if example.prompt == "":
         documents = _cut_text(whole.ids, row_length)
         tally.tokens_repeated += len(documents) - 1
+        tally.texts_cut += len(documents) > 1
     else:
         documents = _cut_record(whole, row_length, tally)
     for document in documents:
@@ -38,10 +40,16 @@ def encode_example(example: Example, tokenizer: Tokenizer, row_length: int, tall
 
 def encode_turns(example: Example, tokenizer: Tokenizer) -> Document:
     """Return an example uncut, with the loss on each of its responses."""
+    before = ""  # the token that a later turn stands behind: a text's beginning may have other ids
+    if isinstance(tokenizer, ChatTokenizer):
+        tokenizer, before = (tokenizer, tokenizer.end_text) if example.prompt else (tokenizer.plain, "")
+    assert example.prompt == "" or (example.template == "tokenizer") == (before != "")
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     labels = [IGNORED] * len(ids)
-    for turn in example.turns:
-        prompt, response = encode_pair(turn.prompt, turn.response, tokenizer)
+    for number, turn in enumerate(example.turns):
+        lead = before if number > 0 else ""
+        prompt, response = encode_pair(lead + turn.prompt, turn.response, tokenizer)
+        prompt = prompt[1:] if lead else prompt
         ids += [*prompt, *response, tokenizer.eos_id]
         labels += [IGNORED] * len(prompt) + [*response, tokenizer.eos_id]
     labels[0] = IGNORED

@@ -13,11 +13,18 @@ text           ``text``                                                     cont
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from sparse_llama.config.settings import TemplateName
 from sparse_llama.data.prompt import alpaca_prompt, next_turn_prompt
 
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
 _SCHEMAS = (
     "instruction and response (Dolly), instruction and output (Alpaca), messages, conversations, or text"
 )
@@ -37,11 +44,23 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Message:
+    """What one side says, without any template."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
 class Example:
     """One record."""
 
     turns: tuple[Turn, ...]
     category: str | None = None
+    messages: tuple[Message, ...] = ()
+    """The turns before a template was put around them; none of plain text."""
+    template: TemplateName = "alpaca"
+    """What the turns are written in."""
 
     @property
     def prompt(self) -> str:
@@ -51,6 +70,11 @@ class Example:
     @property
     def response(self) -> str:
         return self.turns[0].response
+
+
+def join_context(instruction: str, context: str) -> str:
+    """Return an instruction and the text that it is about as one message."""
+    return f"{instruction}\n\n{context}" if context else instruction
 
 
 def plain_text(text: str) -> Example:
@@ -69,26 +93,32 @@ def parse_record(record: object) -> Example:
     category = None if record.get("category") in (None, "") else str(record["category"])
     for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if key in record:
-            return Example(_turns(record[key], key, role, content), category)
+            turns, messages = _turns(record[key], key, role, content)
+            return Example(turns, category, messages)
     if "instruction" in record:
         answer = next((key for key in ("response", "output") if key in record), None)
         if answer is not None:
             given = _optional(record, "context" if answer == "response" else "input")
-            prompt = alpaca_prompt(_required(record, "instruction"), given)
-            return Example((Turn(prompt, _required(record, answer)),), category)
+            instruction, response = _required(record, "instruction"), _required(record, answer)
+            asked = Message("user", join_context(instruction, given))
+            turn = Turn(alpaca_prompt(instruction, given), response)
+            return Example((turn,), category, (asked, Message("assistant", response)))
     elif "text" in record:
         return plain_text(_required(record, "text"))
     found = ", ".join(sorted(map(str, record))) or "none"
     raise MalformedRecordError(f"columns are {found[:200]}; expected {_SCHEMAS}")
 
 
-def _turns(messages: object, key: str, role_key: str, content_key: str) -> tuple[Turn, ...]:
-    """Return the turns of a chat: a system message stands before the first instruction, and a last message of
-    the user that nobody answers has nothing to learn from."""
+def _turns(
+    messages: object, key: str, role_key: str, content_key: str
+) -> tuple[tuple[Turn, ...], tuple[Message, ...]]:
+    """Return the turns of a chat, and its messages: a system message stands before the first instruction,
+    and a last message of the user that nobody answers has nothing to learn from."""
     if not isinstance(messages, list) or len(messages) == 0:
         raise MalformedRecordError(f"{key}: must be a list of messages")
     system, waiting = "", ""
     turns: list[Turn] = []
+    said: list[Message] = []
     for number, message in enumerate(messages):
         where = f"{key}[{number}]"
         if not isinstance(message, Mapping):
@@ -107,9 +137,10 @@ def _turns(messages: object, key: str, role_key: str, content_key: str) -> tuple
                 f"{where}.{role_key}: {message.get(role_key)!a} cannot stand here; user and assistant take "
                 "turns, after at most one system message"
             )
+        said.append(Message(role, content))
     if not turns:
         raise MalformedRecordError(f"{key}: no assistant message to learn from")
-    return tuple(turns)
+    return tuple(turns), tuple(said)
 
 
 def _required(record: Mapping[str, Any], key: str, where: str = "") -> str:

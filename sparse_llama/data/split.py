@@ -15,29 +15,37 @@ from sparse_llama.data.files import Found, take_examples
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.records import Example, plain_text
 from sparse_llama.data.sources import open_source
+from sparse_llama.data.template import write_records
+from sparse_llama.data.tokenizer import Tokenizer
 from sparse_llama.errors import DataError
 
 _PARTS, _MOST_BY_DEFAULT = 20, 2000
 _KEY = "sparse_llama.data.validation_records"
 
 
-def read_examples(data: DataSettings, ledger: Ledger) -> tuple[list[Example], list[Example]]:
-    """Return the training and the validation examples; the ledger says how they were told apart.
+def read_examples(
+    data: DataSettings, ledger: Ledger, tokenizer: Tokenizer | None = None
+) -> tuple[list[Example], list[Example]]:
+    """Return the training and the validation examples in the template of ``tokenizer``, None is Alpaca's;
+    the ledger says how they were told apart.
 
     Raises:
         DataError: no such data set, too many malformed records, or nothing left of a part.
     """
-    source = open_source(data.dataset)
-    other = None if data.validation is None else open_source(data.validation)
+    own_split = data.validation_split if data.validation is None else None
+    source = open_source(data.dataset, training_split=data.training_split, validation_split=own_split)
+    other = None
+    if data.validation is not None:
+        other = open_source(data.validation, validation_split=data.validation_split)
     ledger.training_source, ledger.not_used = source.training_name, list(source.not_used)
-    training = _take(source.training, source.training_name, data, ledger)
+    training = _take(source.training, source.training_name, data, ledger, tokenizer)
     chosen = source if other is None else other
     if chosen.validation is not None:
         ledger.validation_source = chosen.validation_name
-        held_out = _take(chosen.validation, chosen.validation_name, data, ledger)
+        held_out = _take(chosen.validation, chosen.validation_name, data, ledger, tokenizer)
     elif other is not None:
         ledger.validation_source = other.training_name
-        held_out = _take(other.training, other.training_name, data, ledger)
+        held_out = _take(other.training, other.training_name, data, ledger, tokenizer)
     else:
         training, held_out = _split(training, data, ledger)
     if other is not None and source.validation is not None:
@@ -98,10 +106,12 @@ def _split_text(text: str, name: str) -> tuple[list[Example], list[Example]]:
     return [plain_text(text[:cut])], [plain_text(text[cut:])]
 
 
-def _take(records: Iterator[Found], name: str, data: DataSettings, ledger: Ledger) -> list[Example]:
+def _take(
+    records: Iterator[Found], name: str, data: DataSettings, ledger: Ledger, tokenizer: Tokenizer | None
+) -> list[Example]:
     """Return the well-formed examples; note the others, up to the limit."""
     remedy = "repair the data, or raise sparse_llama.data.max_malformed"
-    examples = take_examples(records, ledger.malformed, data.max_malformed, remedy)
+    examples = take_examples(write_records(records, tokenizer), ledger.malformed, data.max_malformed, remedy)
     if not examples:
         raise DataError(f"{name}: no records")
     return examples

@@ -7,6 +7,7 @@ way. Otherwise they come from ``tokenizer.json``.
 Special tokens that occur in text, such as ``</s>``, are text: a data set cannot end a document.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,11 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id."""
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the files that ids come from: tokenizers of one fingerprint give one text the same."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without beginning or end."""
         ...
@@ -35,6 +41,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``: none of special tokens and of ids that pad a model's vocabulary, U+FFFD
         of an unfinished character."""
+        ...
+
+    def name_of(self, token: int) -> str:
+        """Return what a vocabulary calls a token, such as ``</s>``."""
         ...
 
 
@@ -54,12 +64,20 @@ class SentencePieceTokenizer:
         self.bos_id = bos_id if bos_id >= 0 else None  # SentencePiece's -1 is "none", not an id
         self.eos_id: int = eos_id
         self.vocab_size: int = self._processor.vocab_size()
+        self._path = path
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self._path, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([token for token in ids if token < self.vocab_size])
+
+    def name_of(self, token: int) -> str:
+        return self._processor.id_to_piece(token)
 
 
 class FastTokenizer:
@@ -84,12 +102,20 @@ class FastTokenizer:
             )
         self.eos_id: int = eos_id
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self._path = path
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self._path, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def name_of(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or f"<{token}>"
 
     def _special(self, folder: Path, name: str) -> int | None:
         token = _table(folder / "tokenizer_config.json").get(f"{name}_token")
@@ -126,6 +152,10 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"tokenizer: has {tokenizer.vocab_size} tokens, the model's vocabulary is {vocab_size}; "
             "they are of two models"
         )
+
+
+def _fingerprint(path: Path, bos_id: int | None, eos_id: int) -> str:
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()} {bos_id} {eos_id}"
 
 
 def _table(path: Path) -> dict[str, Any]:

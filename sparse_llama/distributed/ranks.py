@@ -6,6 +6,8 @@ command runs as the only process of a job of one, on a port that the kernel pick
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,6 +77,21 @@ def barrier() -> None:
     """Wait until every process is here; returns at once without a process group."""
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process through the block before all others, which then find what it has left on disk.
+
+    A mistake of the main one lets the others go on, to find it for themselves.
+    """
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

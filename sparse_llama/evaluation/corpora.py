@@ -16,6 +16,8 @@ from sparse_llama.config.settings import DataSettings
 from sparse_llama.data.files import take_examples
 from sparse_llama.data.records import Example
 from sparse_llama.data.sources import open_source
+from sparse_llama.data.template import write_records
+from sparse_llama.data.tokenizer import Tokenizer
 from sparse_llama.errors import DataError
 
 _BETWEEN_DOCUMENTS = "\n\n"
@@ -86,11 +88,12 @@ class Corpus:
     """Where, and why, for each record that was skipped."""
 
 
-def read_corpus(name: str) -> Corpus:
+def read_corpus(name: str, tokenizer: Tokenizer | None = None) -> Corpus:
     """Return ``wikitext2``, ``ptb``, ``c4``, or what a file, a folder, a hub id or ``bundled:people`` holds.
 
-    Documents without a prompt are one text, with a blank line between them; a ``.txt`` file is one document.
-    Of a data set that sets records apart for validation, only those are measured on.
+    Records are written in the template of ``tokenizer``, None is Alpaca's. Documents without a prompt are one
+    text, with a blank line between them; a ``.txt`` file is one document. Of a data set that sets records
+    apart for validation, only those are measured on.
 
     Raises:
         DataError: there is no such data, it cannot be had now, or it cannot be read.
@@ -103,7 +106,9 @@ def read_corpus(name: str) -> Corpus:
     part = "all records" if source.validation is None else "its validation records"
     records = source.training if source.validation is None else source.validation
     malformed: list[str] = []
-    examples = take_examples(records, malformed, DataSettings().max_malformed, "repair the data")
+    examples = take_examples(
+        write_records(records, tokenizer), malformed, DataSettings().max_malformed, "repair the data"
+    )
     if not examples:
         raise DataError(f"--data {name}: no records")
     if any(example.prompt for example in examples):

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from sparse_llama.config.settings import TemplateName
 from sparse_llama.data.encode import encode_example
 from sparse_llama.data.ledger import Tally
 from sparse_llama.data.tokenizer import check_vocabulary
@@ -39,6 +40,8 @@ class Evaluation:
     window: int
     stride: int | None
     """Of the partition into windows."""
+    template: TemplateName
+    """Around questions and answers; of no effect on text."""
     begins_with_bos: bool
     attention: str
     positions: str
@@ -80,7 +83,7 @@ def evaluate(
     window = default_window(opened) if window is None else window
     check_windows(opened.model, window, window if stride is None else stride)
     check_vocabulary(opened.tokenizer, opened.model.config.vocab_size)
-    corpus = read_corpus(data)
+    corpus = read_corpus(data, opened.templated)
     tally: Tally | None = None
     answers: list[Answer] = []
     if corpus.text is not None:
@@ -105,7 +108,7 @@ def evaluate(
     )
     if num_answers:
         asked = spread([example for example in corpus.examples if example.prompt], num_answers)
-        answers = answer_records(opened.model, opened.tokenizer, asked, max_new_tokens)
+        answers = answer_records(opened.model, opened.templated, asked, max_new_tokens)
     return Evaluation(
         model=opened.description,
         data=corpus.source,
@@ -115,6 +118,7 @@ def evaluate(
         partition=partition,
         window=window,
         stride=stride,
+        template=opened.template,
         begins_with_bos=opened.tokenizer.bos_id is not None,
         attention=attention_of(opened),
         positions=positions_of(opened),
@@ -185,7 +189,7 @@ def _score_records(opened: OpenedModel, corpus: Corpus, *, window: int, source: 
     documents = [
         document
         for example in corpus.examples
-        for document in encode_example(example, opened.tokenizer, window, tally)
+        for document in encode_example(example, opened.templated, window, tally)
     ]
     rows = [(document.ids, document.labels) for document in documents]
     return score_responses(opened.model, rows, source=source, model_name=opened.description)

@@ -12,6 +12,7 @@ from sparse_llama.data.encode import encode_example
 from sparse_llama.data.ledger import Ledger, Tally
 from sparse_llama.data.packing import IGNORED
 from sparse_llama.data.split import read_examples
+from sparse_llama.data.template import with_template
 from sparse_llama.data.tokenizer import load_tokenizer
 from sparse_llama.errors import ConfigError, DataError
 from sparse_llama.export.left_out import Part, Parts
@@ -83,12 +84,12 @@ def _read(source: Source, data: str | None) -> HeldOut:
     where, settings = _run_data(source.adapter) if data is None else ("--data", _named_data(data))
     file = source.file
     ledger = Ledger(file.seq_length, is_packed=False)
+    tokenizer, tally = with_template(load_tokenizer(source.base), source.base, file.template), Tally()
     try:
-        _, examples = read_examples(settings, ledger)
+        _, examples = read_examples(settings, ledger, tokenizer)
     except DataError as error:
         hint = "" if data is not None else "; name other data to measure on with --data"
         raise DataError(f"{where}: {error}{hint}") from error
-    tokenizer, tally = load_tokenizer(source.base), Tally()
     documents = [
         document
         for example in examples

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from sparse_llama.adapters.weights import is_native, read_adapter_folder, write_adapter_folder
+from sparse_llama.config.settings import TemplateName
 from sparse_llama.errors import ExportError
 from sparse_llama.export.agreement import Errors, adapted_loss, make_reference
 from sparse_llama.export.left_out import Part, Parts, check_asked, describe, find_parts, flags_of
@@ -23,7 +24,7 @@ from sparse_llama.export.shards import MAX_SHARD_BYTES, ShardWriter
 from sparse_llama.export.source import find_source, locate
 from sparse_llama.export.tokenizer_files import write_tokenizer
 from sparse_llama.export.validation import Losses, read_for
-from sparse_llama.model.assemble import MODELLING_CODE
+from sparse_llama.model.assemble import MODELLING_CODE, TEMPLATE_KEY
 
 _GENERATION = "generation_config.json"
 
@@ -131,7 +132,7 @@ def export_merged(
         trained_loss = adapted_loss(source.base, source.adapter, frozenset(), kept_dtype, held_out)
     with publishing(output) as unfinished:
         write_tokenizer(source.base, unfinished)
-        _write_model(merged, source.base, unfinished, kept_dtype, max_shard_bytes)
+        _write_model(merged, source.base, unfinished, kept_dtype, max_shard_bytes, source.file.template)
         errors, loss = reference.check(unfinished, merged, kept_dtype, held_out)
     losses = None
     if held_out is not None and trained_loss is not None and loss is not None:
@@ -183,9 +184,15 @@ def export_native(
 
 
 def _write_model(
-    merged: MergedModel, base: Path, folder: Path, dtype: torch.dtype, max_shard_bytes: int
+    merged: MergedModel,
+    base: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    template: TemplateName = "alpaca",
 ) -> None:
-    text = json.dumps(merged.config_json(dtype), indent=2, sort_keys=True) + "\n"
+    named = {} if template == "alpaca" else {TEMPLATE_KEY: template}
+    text = json.dumps(merged.config_json(dtype) | named, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if merged.needs_code:
         shutil.copyfile(MODELLING_CODE, folder / MODELLING_CODE.name)

@@ -7,6 +7,7 @@ to train.
 
 import filecmp
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from sparse_llama.adapters.stored import (
     plan_of_adapter,
     read_adapter,
 )
-from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, apply_adapter
+from sparse_llama.adapters.weights import AdapterFile, BaseModelReference, apply_adapter, is_native
 from sparse_llama.attention.interface import AttentionPlan, attach_attention, plan_attention
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.rope import FixedRopeParameters
-from sparse_llama.config.settings import AdapterSettings, MemorySettings, Settings
+from sparse_llama.config.settings import AdapterSettings, MemorySettings, Settings, TemplateName
+from sparse_llama.data.template import with_template
 from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.errors import CheckpointError, ConfigError, ModelError
@@ -41,6 +43,8 @@ from sparse_llama.model.rope import Positions, describe_positions, run_positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the word of a run's precision."""
+TEMPLATE_KEY = "prompt_template"
+"""In an export's ``config.json``, where it was not ``alpaca``."""
 MODELLING_CODE = Path(__file__).parent / "exported" / "modeling_sparse_llama.py"
 
 
@@ -75,6 +79,13 @@ class OpenedModel:
     """None where an export brings its own attention."""
     notices: tuple[str, ...] = ()
     """What the user has to be told of another program's adapter."""
+    template: TemplateName = "alpaca"
+    """What stood around questions and answers in training."""
+
+    @cached_property
+    def templated(self) -> Tokenizer:
+        """The tokenizer for records and instructions; ``tokenizer`` is for text as it stands."""
+        return with_template(self.tokenizer, self.folder, self.template)
 
 
 def assemble(
@@ -170,6 +181,7 @@ def open_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     dense_attention: bool = False,
+    template: TemplateName | None = None,
 ) -> OpenedModel:
     """Return a base, a base with an adapter, or an exported folder, with its tokenizer, in evaluation mode.
 
@@ -178,17 +190,22 @@ def open_model(
         dtype: None is what the adapter's run computed in; without an adapter, what the model's config.json
             names.
         dense_attention: full attention whatever the adapter was trained with, which is another function.
+        template: of instructions; None is the one that the adapter or the export was trained with.
 
     Raises:
-        ConfigError: ``dense_attention`` of what is dense anyhow, or of an export.
+        ConfigError: ``dense_attention`` of what is dense anyhow, or of an export; another ``template`` than
+            that of training.
         ModelError: there is no such model, or it brings code that is not ours and ``trust_remote_code`` is
             off.
         CheckpointError: the adapter is damaged or belongs to another base.
     """
     if adapter is not None:
-        return _open_adapted(
+        opened = _open_adapted(
             model, adapter, revision=revision, dtype=dtype, device=device, dense_attention=dense_attention
         )
+        # another program's adapter does not say what it was trained with
+        is_known = is_native(find_adapter(adapter))
+        return _with_template(opened, template, trained=opened.template if is_known else None)
     if dense_attention:
         raise ConfigError("--dense_attention: only an adapter (--adapter) has a layout to leave out")
     if model is None:
@@ -196,13 +213,29 @@ def open_model(
     folder = resolve_model(model, revision)
     document = read_config_json(folder)
     dtype = dtype or _named_dtype(document)
+    trained = document.get(TEMPLATE_KEY)
     if document.get("auto_map"):
-        return _open_with_code(model, folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        opened = _open_with_code(
+            model, folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        return _with_template(opened, template, trained=trained)
     llama = load_llama(str(folder), dtype=dtype, device=device).model
     plan = AttentionPlan((None,) * llama.config.num_hidden_layers)
     attach_attention(llama, plan)
     llama.requires_grad_(False)
-    return OpenedModel(llama, load_tokenizer(folder), None, model, folder, plan)
+    opened = OpenedModel(llama, load_tokenizer(folder), None, model, folder, plan)
+    return _with_template(opened, template, trained=trained)
+
+
+def _with_template(
+    opened: OpenedModel, template: TemplateName | None, *, trained: TemplateName | None
+) -> OpenedModel:
+    """Return ``opened`` with the template that is asked for, or that it was ``trained`` with."""
+    if template is not None and trained is not None and template != trained:
+        raise ConfigError(
+            f"--template {template}: {opened.description} was trained with template {trained}; leave it out"
+        )
+    return replace(opened, template=template or trained or "alpaca")
 
 
 def is_own_modelling_code(folder: Path) -> bool:
@@ -232,6 +265,10 @@ def _read_start(
     file, notices = stored.file, list(stored.notices)
     if file.layouts.distinct != layouts.distinct:
         notices.append(f"{path}: was trained with {file.layouts} attention, this run attends {layouts}")
+    if stored.format == "native" and file.template != settings.data.template:
+        notices.append(
+            f"{path}: was trained with template {file.template}, this run writes {settings.data.template}"
+        )
     its_config = with_rotation(base_config, file.rope_parameters, file.seq_length)
     if not same_rotation(its_config, positions.config):
         notices.append(
@@ -273,7 +310,9 @@ def _open_adapted(
     loaded.model.eval()
     description = f"{base.path} + {adapter}"
     tokenizer = load_tokenizer(folder)
-    return OpenedModel(loaded.model, tokenizer, file, description, folder, plan, stored.notices)
+    return OpenedModel(
+        loaded.model, tokenizer, file, description, folder, plan, stored.notices, file.template
+    )
 
 
 def _open_with_code(

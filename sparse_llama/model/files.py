@@ -48,11 +48,22 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+    if not _is_hub_id(model):
         raise ModelError(
             f"{model}: no such folder; give a local folder, a hub id (owner/name) or bundled:tiny-llama"
         )
     return _download(model, revision)
+
+
+def resolve_tokenizer(model: str, revision: str | None = None) -> Path:
+    """Return a folder with the model's tokenizer and configuration; of a hub id no weights are downloaded.
+
+    Raises:
+        ModelError: as ``resolve_model``.
+    """
+    if not _is_hub_id(model):
+        return resolve_model(model, revision)
+    return _download(model, revision, has_weights=False)
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -69,17 +80,25 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from _read_safetensors(shard) if kind == _SAFETENSORS else _read_bin(shard)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _is_hub_id(model: str) -> bool:
+    if model.startswith((".", "bundled:")) or Path(model).expanduser().is_dir():
+        return False
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) is not None
+
+
+def _download(model: str, revision: str | None, *, has_weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download  # 0.3 s to import, and most runs never need it
 
-    def fetch(pattern: str) -> Path:
+    def fetch(*pattern: str) -> Path:
         # tensors of one format only: many models are on the hub in both, 13 GB each
-        patterns = [*_SMALL_FILES, pattern]
+        patterns = [*_SMALL_FILES, *pattern]
         return Path(
             snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_OURS)
         )
 
     try:
+        if not has_weights:
+            return fetch()
         folder = fetch("*.safetensors")
         return folder if any(folder.glob("*.safetensors")) else fetch("*.bin")
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors

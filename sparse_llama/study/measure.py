@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_llama.data.prompt import alpaca_prompt
+from sparse_llama.config.settings import TemplateName
+from sparse_llama.data.template import write_prompt
 from sparse_llama.distributed import ranks
 from sparse_llama.errors import SparseLlamaError
 from sparse_llama.evaluation.answers import write_answers
@@ -33,6 +34,7 @@ class Order:
 
     model: str
     adapter: str | None
+    template: TemplateName
     window: int
     dataset: str
     evaluation: EvaluationSettings
@@ -52,6 +54,7 @@ def measure(order: Order) -> dict[str, Any]:
         order.model,
         None if order.adapter is None else Path(order.adapter),
         device=ranks.device(),
+        template=order.template,
     )
     asked = order.evaluation
     return {
@@ -102,8 +105,10 @@ def _retrieval(opened: OpenedModel, order: Order, asked: RetrievalSettings) -> d
 
 
 def _answers(opened: OpenedModel, asked: EvaluationSettings) -> dict[str, str]:
-    prompts = [alpaca_prompt(prompt) for prompt in asked.prompts]
-    answers = generate_batch(opened.model, opened.tokenizer, prompts, asked.max_new_tokens) if prompts else []
+    if not asked.prompts:
+        return {}
+    prompts = [write_prompt(opened.templated, prompt) for prompt in asked.prompts]
+    answers = generate_batch(opened.model, opened.templated, prompts, asked.max_new_tokens)
     return dict(zip(asked.prompts, answers, strict=True))
 
 

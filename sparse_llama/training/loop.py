@@ -233,6 +233,10 @@ def _resume(session: Session, console: Console) -> Position:
     if before != now:
         told = f"{describe_positions(before)}, this run goes on with {describe_positions(now)}"
         console.print(f"note: it was trained with {told}", style="yellow")
+    before, now = read_adapter_config(folder).template, session.adapter.template
+    if before != now:
+        told = f"template {before}, this run goes on with {now}"
+        console.print(f"note: it was trained with {told}", style="yellow")
     if position.step > session.total_steps:
         raise CheckpointError(
             f"{folder}: stands at step {position.step}, beyond the {session.total_steps} of this run; give "

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sparse_llama.config.run import Run
 from sparse_llama.data.prompt import alpaca_prompt
+from sparse_llama.data.records import Example
 from sparse_llama.distributed import ranks
 from sparse_llama.evaluation.exact_match import spread
 from sparse_llama.reporting.tables import format_bytes, format_seconds, format_share, show_columns, show_table
@@ -140,7 +141,7 @@ def show_answers(console: Console, session: Session, position: Position, final: 
     before = (position.before or {}).get("answers", [])
     shown = spread(session.answerable, session.run.settings.training.samples)
     rows = [
-        [_question(example.prompt), _one_line(old), _one_line(new), _one_line(example.response)]
+        [_question(example), _one_line(old), _one_line(new), _one_line(example.response)]
         for example, old, new in zip(shown, before, final.answers, strict=False)
     ]
     if rows:
@@ -200,14 +201,19 @@ def _exact_match_rows(before: dict[str, Any] | None, after: dict[str, Any] | Non
 def _something_to_ask(session: Session) -> list[str]:
     """Return the first held-out question that needs no text beside it; a model of plain text goes on."""
     for example in session.answerable:
+        if example.template == "tokenizer" and len(example.messages) == 2:
+            return ["--prompt", example.messages[0].content]
         instruction = _instruction(example.prompt)
         if alpaca_prompt(instruction) == example.prompt:
             return ["--prompt", instruction]
     return ["--raw", "--prompt", "Once upon a time"]
 
 
-def _question(prompt: str) -> str:
+def _question(example: Example) -> str:
     """Return instruction and input in one line: the template around them is the same for every record."""
+    if example.template == "tokenizer":
+        return _one_line(next(one.content for one in example.messages if one.role == "user"))
+    prompt = example.prompt
     _, _, context = prompt.partition("\n\n### Input:\n")
     context = context.partition("\n\n###")[0]
     instruction = _one_line(_instruction(prompt))

@@ -20,6 +20,7 @@ from sparse_llama.data.batches import Batch, Batches, Shard
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.prepare import PreparedData, prepare_data
 from sparse_llama.data.records import Example
+from sparse_llama.data.template import with_template
 from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sparse_llama.distributed import ranks
 from sparse_llama.distributed.sequence import join_sequence_group
@@ -45,6 +46,7 @@ class Session:
     llama: LlamaForCausalLM
     parameters: dict[str, nn.Parameter]
     tokenizer: Tokenizer
+    """With the run's template."""
     batches: Batches
     validation_batches: list[Batch]
     validation_examples: list[Example]
@@ -75,7 +77,7 @@ def prepare(run: Run, console: Console) -> Session:
         sharing,
         num_groups=settings.memory.num_head_groups or 1,
     )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = with_template(load_tokenizer(folder), folder, settings.data.template)
     check_vocabulary(tokenizer, config.vocab_size)
     console.print(f"reading {settings.data.dataset} ...")
     data = prepare_data(
@@ -83,9 +85,11 @@ def prepare(run: Run, console: Console) -> Session:
         tokenizer,
         align=run.layouts.align,
         micro_batch_size=run.micro_batch_size,
+        accumulation=run.gradient_accumulation_steps,
         rank=ranks.rank() // sharing,
         world_size=ranks.world_size() // sharing,
         shard=Shard(ranks.rank() % sharing, sharing),
+        console=console,
     )
     steps, epochs = settings.training.steps, settings.training.epochs
     total_steps = steps or num_optimizer_steps(data.batches.num_rows, run.global_batch_size, epochs or 1)
@@ -144,12 +148,8 @@ def _answerable(examples: list[Example], llama: LlamaForCausalLM, tokenizer: Tok
 
 def _resolve_on_main_first(path: str, revision: str | None) -> Path:
     """Return the model's folder; the main rank downloads, the others then find it in the cache."""
-    if not ranks.is_main():
-        ranks.barrier()
-    folder = resolve_model(path, revision)
-    if ranks.is_main():
-        ranks.barrier()
-    return folder
+    with ranks.main_first():
+        return resolve_model(path, revision)
 
 
 def _describe(run: Run, assembled: Assembled, parameters: dict[str, nn.Parameter]) -> AdapterFile:
@@ -168,6 +168,7 @@ def _describe(run: Run, assembled: Assembled, parameters: dict[str, nn.Parameter
             "seed": settings.seed,
             "seq_length": settings.seq_length,
             "rope_parameters": assembled.rope_parameters,
+            "template": settings.data.template,
             "dtype": str(DTYPES[run.precision]).removeprefix("torch."),
             "trainable_parameters": sum(count_elements(parameter) for parameter in parameters.values()),
             "version": __version__,
@@ -185,7 +186,7 @@ def _check_first_logits(run: Run, llama: LlamaForCausalLM, data: PreparedData) -
 
 
 def _notices(run: Run, assembled: Assembled, data: PreparedData) -> tuple[str, ...]:
-    notices = list(assembled.notices)
+    notices = [*assembled.notices, *data.ledger.warnings()]
     length, longest = run.settings.seq_length, data.ledger.training.longest_document
     plan = assembled.plan
     if plan.is_sparse_at(length) and not plan.is_sparse_at(longest):

@@ -126,6 +126,25 @@ SAID: list[tuple[str, dict[str, Any], str]] = [
         "sparse_llama.data.validation_records: no effect; validation is given",
     ),
     (
+        "the folder of a cache that is off",
+        {"sparse_llama": {"data": {"cache": False, "cache_dir": "rows"}}},
+        "sparse_llama.data.cache_dir: no effect; cache is false",
+    ),
+    (
+        "lengths of packed rows",
+        {"sparse_llama": {"data": {"group_by_length": True}}},
+        "sparse_llama.data.group_by_length: no effect; packed rows are all of one length",
+    ),
+    (
+        "lengths where a step is a micro-batch",
+        {
+            "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": 4,
+            "sparse_llama": {"data": {"group_by_length": True, "packing": False}},
+        },
+        "sparse_llama.data.group_by_length: no effect; a step is one micro-batch",
+    ),
+    (
         "a revision of what is bundled",
         {"sparse_llama": {"model": {"revision": "main"}}},
         "sparse_llama.model.revision: no effect; the model is bundled",

@@ -1,5 +1,7 @@
 """Batches are a function of seed and step: the same rows however they are cut, every row once an epoch."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -144,3 +146,56 @@ def test_every_rank_has_as_many_parts_to_validate_on():
     assert {len(share) for share in shares} == {2}
     labelled = sum(batch.num_labelled for share in shares for batch in share)
     assert labelled == sum(len(row) - 1 for row in make_rows(7))
+
+
+def lengths_of_step(micro: int, accumulation: int, world: int, *, is_grouped: bool) -> list[list[int]]:
+    """Return the numbers of the rows in every micro-batch of a step, all ranks'."""
+    found = []
+    for rank in range(world):
+        batches = Batches(
+            make_rows(31),
+            micro_batch_size=micro,
+            rank=rank,
+            world_size=world,
+            seed=7,
+            group_by_length=is_grouped,
+        )
+        found += [batch.input_ids[:, 0].tolist() for batch in batches.step(4, accumulation)]
+    return found
+
+
+@pytest.mark.parametrize(("micro", "accumulation", "world"), [(1, 12, 1), (3, 2, 2), (2, 2, 3), (4, 1, 3)])
+def test_grouping_changes_which_rows_share_a_micro_batch_and_not_which_share_a_step(
+    micro: int, accumulation: int, world: int
+):
+    """Step 4 of 12 rows, 48 to 59 of the epochs laid end to end, lies wholly in the second one of 31."""
+    drawn, grouped = (
+        lengths_of_step(micro, accumulation, world, is_grouped=is_grouped) for is_grouped in (False, True)
+    )
+    assert sorted(itertools.chain(*grouped)) == sorted(itertools.chain(*drawn))
+    assert lengths_of_step(micro, accumulation, world, is_grouped=True) == grouped
+    spans = [sorted(2 + n % 3 for n in batch) for batch in grouped]
+    assert all(one[0] >= other[-1] or other[0] >= one[-1] for one in spans for other in spans if one != other)
+
+
+def test_grouped_epochs_hold_every_row_once():
+    batches = Batches(make_rows(12), micro_batch_size=2, rank=0, world_size=1, seed=0, group_by_length=True)
+    order = [
+        n for step in range(4) for batch in batches.step(step, 3) for n in batch.input_ids[:, 0].tolist()
+    ]
+    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12))
+
+
+def test_what_grouping_saves_is_what_the_micro_batches_of_an_epoch_are_shorter_by():
+    rows = make_rows(12)
+    drawn, grouped = (
+        Batches(rows, micro_batch_size=2, rank=0, world_size=1, seed=0, group_by_length=is_grouped)
+        for is_grouped in (False, True)
+    )
+    held = [
+        sum(batch.input_ids.numel() for step in range(2) for batch in batches.step(step, 3))
+        for batches in (drawn, grouped)
+    ]
+    assert held[1] < held[0]
+    assert drawn.count_padding(3) == grouped.count_padding(3, as_drawn=True) == held[0] - sum(map(len, rows))
+    assert grouped.count_padding(3) == held[1] - sum(map(len, rows))

@@ -2,12 +2,16 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
+from sparse_llama.attention.interface import AttentionPlan, attach_attention, plan_attention
+from sparse_llama.config.layers import LayerSparsities
+from sparse_llama.config.sparsity import parse_sparsity
 from sparse_llama.data.batches import collate
 from sparse_llama.data.packing import Document, Row, one_per_row, pack
 
@@ -83,3 +87,44 @@ def test_a_packed_row_has_the_losses_and_gradients_of_its_documents_one_by_one(t
     weight = model.model.layers[0].self_attn.k_proj.weight
     grads = [torch.autograd.grad(each.sum(), weight)[0] for each in (together, apart)]
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
+
+
+SPARSE: dict[str, dict[str, Any]] = {
+    "fixed": {"num_local_blocks": 2, "different_layout_per_head": True, "num_different_global_patterns": 2},
+    "variable": {"local_window_blocks": [1, 2], "global_block_indices": [0]},
+    "bigbird": {"num_random_blocks": 1, "num_sliding_window_blocks": 1, "num_global_blocks": 1},
+    "bslongformer": {"num_sliding_window_blocks": 1, "global_block_indices": [0]},
+    "local_sliding_window": {"num_sliding_window_blocks": 3},
+    "strided": {"stride": 3},
+    "s2": {"group_blocks": 2},
+}
+
+
+@pytest.mark.parametrize("mode", SPARSE)
+def test_rows_packed_by_the_block_of_a_layout_are_exact_for_it(tiny_llama, mode: str):
+    """Documents of up to eight blocks, of which each layout leaves some out."""
+    block = {"mode": mode, "block": 4, "attention": "unidirectional"} | SPARSE[mode]
+    if mode in ("local_sliding_window", "strided", "s2"):
+        block.pop("attention")
+    layouts = LayerSparsities(parse_sparsity(block))
+    model = tiny_llama().double()
+    plan = plan_attention(layouts.resolve(4), num_heads=4, master_length=64, seed=0)
+    attach_attention(model, plan)
+    documents = draw_documents(12, 32)
+
+    def losses_of(rows: list[Row]) -> torch.Tensor:
+        found = []
+        for batch in (collate([row]) for row in rows):
+            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+            per_token = F.cross_entropy(logits[0], batch.shift_labels[0], reduction="none")
+            found.append(per_token[batch.shift_labels[0] != IGNORED])
+        return torch.cat(found).sort().values
+
+    assert layouts.align == 4
+    with torch.no_grad():
+        together = losses_of(pack(documents, row_length=64, align=layouts.align, seed=0))
+        apart = losses_of(one_per_row(documents))
+        attach_attention(model, AttentionPlan((None,) * 4))
+        dense = losses_of(one_per_row(documents))
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)  # transformers' norms are fp32
+    assert (dense - apart).abs().max() > 1e-3, "a layout that leaves nothing out proves nothing"

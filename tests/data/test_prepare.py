@@ -3,22 +3,38 @@
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from sparse_llama.config.bundled import resolve_bundled
 from sparse_llama.config.settings import Settings
 from sparse_llama.data.batches import Batch
+from sparse_llama.data.ledger import Ledger, Tally, describe_lengths
 from sparse_llama.data.prepare import PreparedData, prepare_data
 from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_llama.errors import DataError
 
 
 def prepare(
-    tokenizer: Tokenizer, *, seq_length: int = 160, align: int = 1, micro: int = 2, **data: object
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int = 160,
+    align: int = 1,
+    micro: int = 2,
+    accumulation: int = 1,
+    **data: object,
 ) -> PreparedData:
     settings = Settings.parse({"seq_length": seq_length, "data": data}, "sparse_llama")
-    return prepare_data(settings, tokenizer, align=align, micro_batch_size=micro, rank=0, world_size=1)
+    return prepare_data(
+        settings,
+        tokenizer,
+        align=align,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        rank=0,
+        world_size=1,
+    )
 
 
 def write(path: Path, count: int, **extra: str) -> str:
@@ -73,6 +89,37 @@ def test_documents_of_packed_rows_start_at_multiples_of_the_block(tokenizer: Tok
     assert len(starts) == 3
     assert max(starts) > 0
     assert (starts % 16 == 0).all()
+
+
+def test_length_grouping_says_what_it_saves_and_leaves_the_validation_rows_the_same(
+    tokenizer: Tokenizer, tmp_path: Path
+):
+    lines = [json.dumps({"instruction": "Who?", "response": "Ann " * (1 + n * 7 % 23)}) for n in range(46)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    drawn, grouped = (
+        prepare(
+            tokenizer,
+            dataset=str(tmp_path / "a.jsonl"),
+            packing=False,
+            group_by_length=is_grouped,
+            validation_records=6,
+            accumulation=10,
+        )
+        for is_grouped in (False, True)
+    )
+    for name in ("training", "validation"):
+        before, after = getattr(drawn.ledger, name), getattr(grouped.ledger, name)
+        assert before.tokens_padding_saved == 0 < after.tokens_padding_saved
+        assert after.tokens_padded + after.tokens_padding_saved == before.tokens_padded
+    saved = grouped.ledger.training.tokens_padding_saved
+    assert any(f"{saved:,} saved by length" in value for _, value in grouped.ledger.rows())
+    labels = [
+        sorted(
+            int(batch.shift_labels[row].gt(-100).sum()) for batch in data.validation_batches for row in (0, 1)
+        )
+        for data in (drawn, grouped)
+    ]
+    assert labels[0] == labels[1]
 
 
 def test_malformed_records_are_skipped_up_to_a_limit_and_shown(tokenizer: Tokenizer, tmp_path: Path):
@@ -133,3 +180,42 @@ def test_an_eighth_of_a_megabyte_of_dolly_fills_its_rows(shared: Path):
     data = prepare(tokenizer, dataset=str(shared / "data" / "dolly-sample.jsonl"), seq_length=1024)
     tally = data.ledger.training
     assert tally.tokens_padded < 0.1 * tally.rows * 1024
+
+
+def test_percentiles_are_the_least_lengths_that_their_shares_do_not_exceed():
+    """numpy calls it the inverted CDF."""
+    for count in (1, 2, 7, 100, 101, 1000):
+        lengths = torch.randint(1, 900, (count,), generator=torch.Generator().manual_seed(count))
+        shares = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+        assert describe_lengths(lengths) == {
+            name: numpy.percentile(lengths.numpy(), share, method="inverted_cdf")
+            for name, share in shares.items()
+        }
+
+
+def test_many_categories_are_shortened_in_the_table_and_whole_in_the_account(
+    tokenizer: Tokenizer, tmp_path: Path
+):
+    lines = [
+        json.dumps({"instruction": "Who?", "response": "Ann.", "category": f"kind {n % 10}"})
+        for n in range(45)
+    ]
+    name, other = write(tmp_path / "b.jsonl", 2), str(tmp_path / "a.jsonl")
+    Path(other).write_text("\n".join(lines), encoding="utf-8")
+    ledger = prepare(tokenizer, dataset=other, validation=name, seq_length=300).ledger
+    assert ledger.training.categories == {f"kind {n}": 5 - n // 5 for n in range(10)}
+    assert ledger.validation.categories == {}
+    (line,) = [value for label, value in ledger.rows() if label == "  categories"]
+    assert line.startswith("kind 0 5, kind 1 5,")
+    assert line.endswith("kind 7 4 and 2 more")
+
+
+@pytest.mark.parametrize(("count", "is_said"), [(20, False), (21, True)])
+def test_more_than_one_record_in_20_that_loses_something_is_a_warning(count: int, is_said: bool):
+    ledger = Ledger(row_length=64, is_packed=True)
+    ledger.validation = Tally(records=400, truncated=count - 5, dropped=5)
+    expected = (
+        "21 of 400 validation records (5%) are longer than 64 tokens: 16 lose their ends, 5 are dropped; "
+        "use a longer sparse_llama.seq_length"
+    )
+    assert ledger.warnings() == ([expected] if is_said else [])

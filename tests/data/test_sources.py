@@ -210,3 +210,59 @@ def test_a_data_set_that_is_a_script_is_refused_in_one_line(monkeypatch):
     with pytest.raises(DataError, match=r"owner/name: .* scripts are no longer supported") as caught:
         open_source("owner/name")
     assert "\n" not in str(caught.value)
+
+
+def write_folder(folder: Path, *names: str) -> str:
+    for name in names:
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("asked", "training", "validation", "not_used"),
+    [
+        ({"training_split": "books"}, ["books"], ["test"], ["news", "train"]),
+        ({"validation_split": "news"}, ["train"], ["news"], ["books", "test"]),
+        ({"training_split": "news", "validation_split": "books"}, ["news"], ["books"], ["test", "train"]),
+        ({"training_split": "test"}, ["test"], [], ["books", "news", "train"]),
+        ({"training_split": "books.jsonl"}, ["books"], ["test"], ["news", "train"]),
+    ],
+)
+def test_files_of_a_folder_can_be_named_whatever_they_are_called(
+    tmp_path: Path, asked, training, validation, not_used
+):
+    source = open_source(write_folder(tmp_path, "train", "test", "news", "books"), **asked)
+    assert (responses(source.training), responses(source.validation)) == (training, validation)
+    assert source.not_used == tuple(f"{name}.jsonl" for name in not_used)
+
+
+def test_a_name_stands_for_all_its_shards(tmp_path: Path):
+    shards = [f"web-0000{number}-of-00002" for number in range(2)]
+    source = open_source(write_folder(tmp_path, *shards, "train"), training_split="web")
+    assert responses(source.training) == shards
+
+
+def test_a_wrong_name_is_answered_with_the_names_there_are(tmp_path: Path, monkeypatch):
+    name = write_folder(tmp_path, "train", "web-00000-of-00001")
+    with pytest.raises(
+        DataError, match=r"^sparse_llama\.data\.training_split: .* has no split \"wep\"; there is train, web$"
+    ):
+        open_source(name, training_split="wep")
+    with pytest.raises(DataError, match=r'validation_split: .*train\.jsonl has no split "x"; there is none'):
+        open_source(f"{name}/train.jsonl", validation_split="x")
+    rows = {split: datasets.Dataset.from_list([{"text": split}]) for split in ("train_sft", "test_sft")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(rows))
+    with pytest.raises(
+        DataError, match=r'training_split: owner/name has no split "train"; there is train_sft'
+    ):
+        open_source("owner/name", training_split="train")
+
+
+def test_splits_of_the_hub_can_be_named(monkeypatch):
+    rows = {split: datasets.Dataset.from_list([{"text": split}]) for split in ("train_sft", "a", "test_sft")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(rows))
+    source = open_source("owner/name", training_split="train_sft", validation_split="a")
+    assert (responses(source.training), responses(source.validation)) == (["train_sft"], ["a"])
+    assert source.not_used == ("owner/name, test_sft",)
+    source = open_source("owner/name", training_split="train_sft")
+    assert responses(source.validation) == ["test_sft"]

@@ -8,7 +8,7 @@ import pytest
 from sparse_llama.config.settings import DataSettings
 from sparse_llama.data.ledger import Ledger
 from sparse_llama.data.split import read_examples, split_indices
-from sparse_llama.errors import DataError
+from sparse_llama.errors import ConfigError, DataError
 
 
 def write(path: Path, *words: str) -> str:
@@ -123,3 +123,26 @@ def test_the_limit_of_malformed_records_counts_those_of_both_parts(tmp_path: Pat
         r"sparse_llama\.data\.max_malformed",
     ):
         read(str(tmp_path), max_malformed=1)
+
+
+def test_splits_that_are_named_train_and_validate(tmp_path: Path):
+    for name in ("train", "web", "dev"):
+        write(tmp_path / f"{name}.jsonl", name)
+    training, held_out, ledger = read(str(tmp_path), training_split="web", validation_split="train")
+    assert (training, held_out) == (["web"], ["train"])
+    assert ledger.not_used == ["dev.jsonl"]
+
+
+def test_a_named_split_is_of_the_validation_set_where_there_is_one(tmp_path: Path):
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other / "hard.jsonl", "hard")
+    write(other / "easy.jsonl", "easy")
+    name = write(tmp_path / "a.jsonl", "1", "2")
+    training, held_out, _ = read(name, validation=str(other), validation_split="hard")
+    assert (training, held_out) == (["1", "2"], ["hard"])
+
+
+def test_one_split_cannot_be_both(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r'training_split and validation_split are both "a"; name two'):
+        read(str(tmp_path), training_split="a", validation_split="a")
