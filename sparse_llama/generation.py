@@ -77,8 +77,31 @@ def generate_stream(
         ConfigError: a value is out of range, or would have no effect.
         ModelError: prompt and ``max_new_tokens`` are longer than the model's longest sequence.
     """
-    _check_sampling(max_new_tokens, temperature, top_p, top_k)
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    return stream_after(
+        model,
+        tokenizer,
+        encode_prompt(tokenizer, prompt),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
+
+
+def stream_after(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 42,
+) -> Iterator[str]:
+    """Return the pieces of what follows ``prompt_ids``; else as ``generate_stream``."""
+    check_sampling(max_new_tokens, temperature, top_p, top_k)
     room = room_after(model, len(prompt_ids))
     if max_new_tokens > room:
         raise ModelError(
@@ -279,7 +302,8 @@ def _stop_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> set[int]:
     return {tokenizer.eos_id, *(token for token in named if token is not None)}
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+    """Raise ConfigError if a value is out of range, or would have no effect."""
     if max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens: must be at least 1, got {max_new_tokens}")
     if not (math.isfinite(temperature) and temperature >= 0):

@@ -22,7 +22,8 @@ def generate_parser(doc: str | None) -> Parser:
     flags = parser(doc)
     add_model_flags(flags)
     add = flags.add_argument
-    add("--prompt", required=True, metavar="TEXT", help="instruction; with --raw, the text to continue")
+    add("--prompt", metavar="TEXT", help="instruction; with --raw, the text to continue")
+    add("--chat", action="store_true", help="converse in the terminal instead; /help there lists commands")
     add("--context", default="", metavar="TEXT", help="text that the instruction is about")
     add("--raw", action="store_true", help="no template; an empty prompt continues the beginning of sequence")
     add("--max_new_tokens", type=int, metavar="N", help="length at most (default: 256, or what fits)")
@@ -34,9 +35,14 @@ def generate_parser(doc: str | None) -> Parser:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Answer a prompt; the answer, as it is written, is all there is on standard output."""
+    """Answer a prompt, or converse; an answer, as it is written, is all there is on standard output."""
     if not is_main():
         return  # one prompt is one process' work
+    if arguments.chat:
+        _chat(arguments)
+        return
+    if arguments.prompt is None:
+        raise ConfigError("--prompt: nothing to answer; give an instruction, or --chat to converse")
     if arguments.raw and arguments.context:
         raise ConfigError("--context: belongs to the template, which --raw leaves out; put it into --prompt")
     from sparse_llama.data.template import write_prompt
@@ -67,6 +73,23 @@ def generate(arguments: argparse.Namespace) -> None:
     ):
         print(piece, end="", flush=True)
     print()
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    """Converse until the end of input."""
+    for flag in ("prompt", "context", "raw"):
+        if getattr(arguments, flag):
+            raise ConfigError(f"--{flag}: has no part in --chat, where questions are typed; leave it out")
+    from sparse_llama.cli.chat import Chat, converse, read_line
+    from sparse_llama.generation import check_sampling
+
+    most = 1 if arguments.max_new_tokens is None else arguments.max_new_tokens
+    check_sampling(most, arguments.temperature, arguments.top_p, arguments.top_k)
+    opened = open_asked(arguments)
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    chat = Chat(opened, max_new_tokens=arguments.max_new_tokens, **sampling)
+    print(f"{opened.description}; template {opened.template}. /help lists commands.", file=sys.stderr)
+    converse(chat, lambda: read_line("> "))
 
 
 def export_parser(doc: str | None) -> Parser:

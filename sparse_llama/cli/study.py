@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from sparse_llama.study.settings import StudySettings
 
 _SAVED = "study.json"
+_IDENTITY = ("name", "settings", "num_ranks")
+"""What two calls must have in common for one to go on where the other stopped; each run's document, too."""
 
 
 def study_parser(doc: str | None) -> Parser:
@@ -54,7 +58,7 @@ def study(arguments: argparse.Namespace) -> None:
     from sparse_llama.study.live import LiveStudy
     from sparse_llama.study.report import write_report
 
-    made = _make(arguments)
+    made = _begun(_make(arguments), is_anew=arguments.overwrite)
     _refuse_other(made, is_anew=arguments.overwrite)
     make_folder(made.output_dir)
     resolved = made.check(is_anew=arguments.overwrite)
@@ -155,6 +159,7 @@ def reopen(folder: Path) -> "Study":
     Raises:
         ConfigError: there is none, or its file is damaged.
     """
+    from sparse_llama.benchmark.provenance import Provenance
     from sparse_llama.study.runs import Study
     from sparse_llama.study.settings import StudySettings
 
@@ -164,7 +169,8 @@ def reopen(folder: Path) -> "Study":
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         settings = StudySettings.parse(saved["settings"])
-        return Study(saved["name"], settings, Path(saved["documents"]), folder, saved["num_ranks"])
+        begun = Provenance(**saved["provenance"])
+        return Study(saved["name"], settings, Path(saved["documents"]), folder, saved["num_ranks"], begun)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: no readable study ({type(error).__name__}: {error})") from None
 
@@ -216,7 +222,16 @@ def _find(preset: str) -> Path:
     names = {path.stem: path for path in sorted(folder.glob("*.json"))}
     if preset not in names:
         raise ConfigError(f"--preset {preset}: no such study in {folder}{suggest(preset, names)}")
-    return names[preset]
+    return Path(os.path.relpath(names[preset]))
+
+
+def _begun(made: "Study", *, is_anew: bool) -> "Study":
+    """Return the study with where it comes from: what the call that began it has saved, or this call."""
+    from sparse_llama.benchmark.provenance import provenance
+
+    if not is_anew and (made.output_dir / _SAVED).is_file():
+        return replace(made, provenance=reopen(made.output_dir).provenance)
+    return replace(made, provenance=provenance("launch/study.py", sys.argv[1:]))
 
 
 def _refuse_other(made: "Study", *, is_anew: bool) -> None:
@@ -229,7 +244,7 @@ def _refuse_other(made: "Study", *, is_anew: bool) -> None:
     if is_anew or not file.is_file():
         return
     saved, own = _content(reopen(made.output_dir)), _content(made)
-    differing = ", ".join(sorted(key for key in own if saved[key] != own[key]))
+    differing = ", ".join(sorted(key for key in _IDENTITY if saved[key] != own[key]))
     if differing:
         raise ConfigError(
             f"{made.output_dir}: holds another study (other {differing}); start anew with --overwrite, or "
@@ -250,6 +265,7 @@ def _content(made: "Study") -> dict[str, Any]:
     return {
         "name": made.name,
         "settings": made.settings.model_dump(mode="json"),
-        "documents": str(made.documents.resolve()),
+        "documents": str(made.documents),
         "num_ranks": made.num_ranks,
+        "provenance": None if made.provenance is None else asdict(made.provenance),
     }

@@ -4,14 +4,22 @@ A run has one tokenizer object for records and prompts, and with it one template
 generation cannot differ in it. The adapter's configuration says which one it was.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sparse_llama.config.settings import TemplateName
 from sparse_llama.data.chat import ChatTokenizer
 from sparse_llama.data.files import Found
 from sparse_llama.data.prompt import alpaca_prompt
-from sparse_llama.data.records import MalformedRecordError, Message, join_context
+from sparse_llama.data.records import (
+    Example,
+    MalformedRecordError,
+    Message,
+    Turn,
+    join_context,
+    parse_record,
+)
 from sparse_llama.data.tokenizer import Tokenizer
 from sparse_llama.errors import ConfigError
 
@@ -61,3 +69,24 @@ def write_prompt(tokenizer: Tokenizer, instruction: str, context: str = "") -> s
         return tokenizer.write_prompt([Message("user", join_context(instruction, context))])
     except MalformedRecordError as error:
         raise ConfigError(f"--prompt: {error}") from error
+
+
+def waiting_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
+    """Return a conversation as turns of which the last has no response yet.
+
+    Args:
+        messages: of user and assistant in turns, after at most one of the system; the last is the user's.
+
+    Raises:
+        ConfigError: the tokenizer's template cannot write it.
+    """
+    some_answer = Message("assistant", "-")  # a turn's prompt is the same whatever the answer
+    said = [{"role": message.role, "content": message.content} for message in (*messages, some_answer)]
+    try:
+        example = parse_record({"messages": said})
+        if isinstance(tokenizer, ChatTokenizer):
+            example = tokenizer.write_turns(example)
+    except MalformedRecordError as error:
+        raise ConfigError(str(error)) from error
+    *before, last = example.turns
+    return replace(example, turns=(*before, Turn(last.prompt, "")))

@@ -4,7 +4,6 @@ Written from what is in the folder, as often as one likes: of a study that is no
 """
 
 from pathlib import Path
-from typing import Any
 
 from sparse_llama.config.document import read_document
 from sparse_llama.config.settings import Settings
@@ -65,15 +64,12 @@ def _opening(results: Results) -> list[Block]:
         f"{_list(study.settings.seeds)}: `{settings.model.path}` on `{settings.data.dataset}`. "
         f"{len(summaries)} of {len(results.runs)} runs are done."
     )
-    made = dict.fromkeys(map(_made_with, summaries))
-    command = f"python launch/study.py --preset {study.name} --output_dir {study.output_dir}"
-    return [Text(words), *map(Text, made), Code(command)]
-
-
-def _made_with(summary: dict[str, Any]) -> str:
-    """Return what a run ran on."""
-    found = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
-    return f"{summary['device']}; {found}."
+    begun = study.provenance
+    if begun is None:
+        return [Text(words)]
+    versions = ", ".join(f"{name} {number}" for name, number in begun.versions.items())
+    where = f"{begun.date}, commit {begun.git_commit or 'unknown'}; {begun.hardware}; {versions}."
+    return [Text(words), Text(where), Code(begun.command)]
 
 
 def _corrected(study: Study) -> list[Section]:

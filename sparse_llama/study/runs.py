@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_llama.benchmark.provenance import Provenance
 from sparse_llama.config.document import read_document
 from sparse_llama.config.run import EMBEDDED, Overrides, Run, load_run
 from sparse_llama.errors import ConfigError
@@ -43,6 +44,8 @@ class Study:
     """The folder that the path of the runs' document is relative to."""
     output_dir: Path
     num_ranks: int = 1
+    provenance: Provenance | None = None
+    """Of the call that began it."""
 
     def folder_of(self, run: StudyRun) -> Path:
         """Return where a run leaves what it has measured."""
