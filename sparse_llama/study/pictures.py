@@ -57,19 +57,21 @@ def position_pictures(results: Results, seq_length: int) -> list[Picture]:
 def retrieval_pictures(results: Results, seq_length: int) -> list[Picture]:
     """Draw what base and variants find in long texts, by length and depth; the mean of all seeds."""
     asked = results.study.settings.evaluation.retrieval
+    if asked is None:
+        return []
     found = [
         (name, [one["retrieval"]["cells"] for one in measured])
         for name, measured in _by_model(results, seq_length)
     ]
-    if asked is None or not found:
+    if not found:
         return []
     highest = max(cell["loss"] for _, runs in found for cells in runs for cell in cells)
     pictures = []
-    for key, words, limit, number in (
-        ("exact", f"Share of {asked.trials} answers that are right", 1.0, "{:.2f}"),
-        ("loss", "Loss of the right answer, nats per token", highest, "{:.2f}"),
+    for key, words, limit in (
+        ("exact", f"Share of {asked.trials} answers that are right", 1.0),
+        ("loss", "Loss of the right answer, nats per token", highest),
     ):
-        maps = [_heat_map(name, runs, key, limit, number) for name, runs in found]
+        maps = [_heat_map(name, runs, key, limit) for name, runs in found]
         file = results.study.output_dir / f"retrieval_{key}_{seq_length}.png"
         title = f"{asked.kind}, runs of {seq_length:,} tokens: {words.lower()}"
         save_heat_maps(maps, title, file, row_label="depth", column_label="tokens")
@@ -77,9 +79,7 @@ def retrieval_pictures(results: Results, seq_length: int) -> list[Picture]:
     return pictures
 
 
-def _heat_map(
-    name: str, runs: Sequence[Sequence[dict[str, Any]]], key: str, highest: float, number: str
-) -> HeatMap:
+def _heat_map(name: str, runs: Sequence[Sequence[dict[str, Any]]], key: str, highest: float) -> HeatMap:
     lengths = list(dict.fromkeys(cell["length"] for cell in runs[0]))
     depths = list(dict.fromkeys(cell["depth"] for cell in runs[0]))
     values = {
@@ -92,7 +92,6 @@ def _heat_map(
         [f"{length:,}" for length in lengths],
         [[values[depth, length] for length in lengths] for depth in depths],
         highest=highest,
-        number=number,
         is_low_dark=key == "loss",
     )
 

@@ -203,6 +203,18 @@ def test_a_study_that_has_hardly_begun_has_a_report(tmp_path: Path):
     assert "0 of 9 runs are done" in files[0].read_text(encoding="utf-8")
 
 
+def test_what_was_not_asked_for_is_not_there(tmp_path: Path):
+    study = fabricate(tmp_path, seeds=[1], compare=["equal_steps"], evaluation={})
+    nothing = {"texts": {}, "records": None, "answers": {}, "retrieval": None}
+    for variant in ("dense", "sparse"):
+        leave(study, StudyRun(variant, 128, 1), summary=summary(), measured=nothing, losses=[2.0, 1.5])
+    files = write_report(study)
+    assert [file.name for file in files] == ["report.md", "report.html", "losses.png"]
+    text = files[0].read_text(encoding="utf-8")
+    assert "Quality" not in text
+    assert "Answers" not in text
+
+
 def test_another_study_is_compared_run_by_run(study: Study, tmp_path: Path):
     other = fabricate(tmp_path / "other", seeds=[1])
     leave(other, StudyRun("dense", 128, 1), summary=summary(validation_loss=2.0, tokens_per_s=50.0))
