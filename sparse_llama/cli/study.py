@@ -78,6 +78,8 @@ class _Conductor:
 
     def __init__(self, made: "Study", resolved: "dict[StudyRun, Run]", scripts: Path, live: Any) -> None:
         self._study, self._resolved, self._scripts, self._live = made, resolved, scripts, live
+        self._tried: set[Path] = set()
+        """Folders of bases that were measured, or could not be."""
 
     def all_runs(self) -> None:
         """Go through every run, the base of a length before its first."""
@@ -110,7 +112,8 @@ class _Conductor:
         from sparse_llama.study.measure import RESULT
 
         folder = self._study.base_folder(run.seq_length)
-        if not (folder / RESULT).is_file():
+        if folder not in self._tried and not (folder / RESULT).is_file():
+            self._tried.add(folder)
             self._measure_in(folder, run, adapter=None)
 
     def _measure_in(self, folder: Path, run: "StudyRun", adapter: str | None) -> None:

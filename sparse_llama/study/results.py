@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llama.study.measure import RESULT
-from sparse_llama.study.runner import OUT_OF_MEMORY, Outcome, read_outcome
+from sparse_llama.study.runner import MEASURED, OUT_OF_MEMORY, Outcome, read_outcome
 from sparse_llama.study.runs import Study, StudyRun
 
 Curve = list[tuple[int, float]]
@@ -24,6 +24,8 @@ class Result:
     """None where it has not ended."""
     summary: dict[str, Any] | None
     measured: dict[str, Any] | None
+    measuring: Outcome | None = None
+    """What came of measuring it; None where that has not ended."""
 
     @property
     def is_out_of_memory(self) -> bool:
@@ -78,7 +80,8 @@ def read_results(study: Study) -> Results:
 def _read(study: Study, run: StudyRun) -> Result:
     folder = study.folder_of(run)
     outcome = read_outcome(folder)
-    return Result(run, folder, outcome, _json(folder / "summary.json"), _json(folder / RESULT))
+    measuring = read_outcome(folder, MEASURED)
+    return Result(run, folder, outcome, _json(folder / "summary.json"), _json(folder / RESULT), measuring)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ DONE, OUT_OF_MEMORY, REFUSED, CRASHED = "done", "out of memory", "refused", "cra
 Status = Literal["done", "out of memory", "refused", "crashed"]
 _STATUS: dict[int, Status] = {0: DONE, 2: REFUSED, 3: OUT_OF_MEMORY}
 """By the exit status of a command."""
+TRAINED, MEASURED = "outcome.json", "measure_outcome.json"
 _MEASURE = "sparse_llama.study.measure"
 _POLL_S = 0.25
 _STOP_WITHIN_S = 30
@@ -48,9 +49,9 @@ Watch = Callable[[], None]
 """Called several times a second while a job runs."""
 
 
-def read_outcome(folder: Path) -> Outcome | None:
-    """Return what came of the run in ``folder``; None where it has not ended."""
-    file = folder / "outcome.json"
+def read_outcome(folder: Path, name: str = TRAINED) -> Outcome | None:
+    """Return what came of a job in ``folder``, ``TRAINED`` or ``MEASURED``; None where it has not ended."""
+    file = folder / name
     if not file.is_file():
         return None
     return Outcome(**json.loads(file.read_text(encoding="utf-8")))
@@ -75,7 +76,7 @@ def train(study: Study, run: StudyRun, scripts: Path, watch: Watch, *, steps: in
         "" if status == 0 else _reason(folder / "train.log", status),
         f"deepspeed launch/train.py --ds_config {document} --output_dir NEW_FOLDER",
     )
-    write_json(folder / "outcome.json", asdict(outcome))
+    write_json(folder / TRAINED, asdict(outcome))
     return outcome
 
 
@@ -86,9 +87,10 @@ def measure(folder: Path, order: Mapping[str, Any], watch: Watch) -> Outcome:
     file = folder / "order.json"
     write_json(file, dict(order))
     status = _run_job(1, ["--module", _MEASURE, str(file)], folder / "measure.log", watch)
-    return Outcome(
-        _STATUS.get(status, CRASHED), "" if status == 0 else _reason(folder / "measure.log", status)
-    )
+    reason = "" if status == 0 else _reason(folder / "measure.log", status)
+    outcome = Outcome(_STATUS.get(status, CRASHED), reason)
+    write_json(folder / MEASURED, asdict(outcome))
+    return outcome
 
 
 def _run_job(num_ranks: int, words: list[str], log: Path, watch: Watch) -> int:

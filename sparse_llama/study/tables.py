@@ -172,6 +172,8 @@ def status_table(results: Results) -> Grid:
         status = "not run yet" if one.outcome is None else one.outcome.status
         reason = "" if one.outcome is None else one.outcome.reason
         command = "" if one.outcome is None else f"`{one.outcome.command}`"
+        if one.measured is None and one.measuring is not None and not reason:
+            reason = f"not measured, {one.measuring.status}: {one.measuring.reason}"
         rows.append([Cell(one.run.name, f"runs/{one.run.name}/"), status, reason or command])
     return Grid(["run", "", "repeated by, or why not"], rows, is_text=True)
 

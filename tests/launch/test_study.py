@@ -23,7 +23,12 @@ TINY: dict[str, Any] = {
     },
     "variants": {"v2-dense": {"changes": {"sparse_attention": None}}},
     "lengths": [128],
-    "evaluation": {"records": 4, "max_new_tokens": 8, "prompts": ["Where does Ann live?"]},
+    "evaluation": {
+        "records": 4,
+        "max_new_tokens": 8,
+        "prompts": ["Where does Ann live?"],
+        "retrieval": {"kind": "pairs", "depths": 2, "trials": 1},
+    },
 }
 
 
@@ -57,7 +62,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    preset, folder = write(tmp_path), tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("Ann lives in Oslo. Tom has a cat. " * 40, encoding="utf-8")
+    nowhere = str(tmp_path / "no.txt")
+    evaluation = TINY["evaluation"] | {"texts": [str(text), nowhere]}
+    preset, folder = write(tmp_path, evaluation=evaluation), tmp_path / "out"
     done = start(preset, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / "runs" / "v2-dense_128_seed42"
@@ -68,9 +77,19 @@ def test_a_study_trains_measures_and_reports_and_goes_on_where_it_stopped(
     assert measured["records"]["nll_per_token"] < base["records"]["nll_per_token"]
     assert measured["records"]["window"] == 128
     assert list(measured["answers"]) == ["Where does Ann live?"]
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 4
+    assert sum(one["rouge_l"] for one in answers) > 0
+    assert measured["texts"][str(text)]["perplexity"] > 1
+    assert "no such file" in measured["texts"][nowhere]["error"], "and the other text is measured"
+    cells = measured["retrieval"]["cells"]
+    assert [(cell["length"], cell["depth"]) for cell in cells] == [(128, 0), (128, 1)]
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert f"{summary['validation_loss']:.4f}" in report
     assert "1 of 1 runs are done" in report
+    for name in ("losses", "positions_128_0", "retrieval_exact_128", "retrieval_loss_128"):
+        assert f"({name}.png)" in report
+        assert (folder / f"{name}.png").stat().st_size > 5_000
     (run / "measured.json").unlink()
     asked: list[Any] = []
 

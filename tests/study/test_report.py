@@ -161,6 +161,17 @@ def test_memory_that_ran_out_is_a_result(study: Study):
     assert runs["dense_128_seed1"] == ["done", "deepspeed dense_128_seed1"]
 
 
+def test_a_run_that_could_not_be_measured_says_why(tmp_path: Path):
+    study = fabricate(tmp_path, seeds=[1], compare=["equal_steps"])
+    run = StudyRun("dense", 128, 1)
+    leave(study, run, summary=summary(), losses=[2.0, 1.5])
+    outcome = {"status": "out of memory", "reason": "8 GiB more asked for", "command": ""}
+    (study.folder_of(run) / "measure_outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+    write_report(study)
+    runs = table(study, "run", "")
+    assert runs["dense_128_seed1"] == ["done", "not measured, out of memory: 8 GiB more asked for"]
+
+
 def test_all_of_a_variant_out_of_memory_is_what_its_cells_say(tmp_path: Path):
     study = fabricate(tmp_path, seeds=[1], compare=["equal_steps"])
     leave(study, StudyRun("dense", 128, 1), status="out of memory", reason="9 GiB more asked for")
