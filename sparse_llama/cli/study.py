@@ -66,7 +66,7 @@ def study(arguments: argparse.Namespace) -> None:
     baseline = None if arguments.baseline is None else reopen(arguments.baseline)
     live = LiveStudy(made)
     if not arguments.only_report:
-        scripts = Path(sys.argv[0]).resolve().parent
+        scripts = Path(os.path.relpath(Path(sys.argv[0]).resolve().parent))
         with live.showing():
             _Conductor(made, resolved, scripts, live).all_runs()
     live.show()
