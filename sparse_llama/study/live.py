@@ -66,13 +66,17 @@ class LiveStudy:
             table.add_column(name, justify="left" if name in ("run", "") else "right", no_wrap=name == "run")
         for result in read_results(self._study).runs:
             table.add_row(*map(Text, self._row(result)))
+        name, what = self._doing
+        if name:
+            table.caption = f"{name}: {what}, {format_seconds(perf_counter() - self._since_s)}"
+            table.caption_justify = "left"
         return table
 
     def _row(self, result: Result) -> list[str]:
         name, (doing, what) = result.run.name, self._doing
         if result.summary is not None:
             one = result.summary
-            state = what if name == doing else "done" if result.measured is not None else "trained"
+            state = what if name == doing else _state_of_measuring(result)
             figures = [
                 str(one["steps"]),
                 f"{one['train_loss']:.4f}",
@@ -86,6 +90,12 @@ class LiveStudy:
             return [name, what, *_progress(result)]
         ended = result.outcome is not None and result.outcome.status != DONE
         return [name, result.outcome.status if ended and result.outcome else "waiting", *[""] * 6]
+
+
+def _state_of_measuring(result: Result) -> str:
+    if result.measured is not None:
+        return "done"
+    return "trained" if result.measuring is None else "not measured"
 
 
 def _progress(result: Result) -> list[str]:

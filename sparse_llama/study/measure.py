@@ -16,7 +16,7 @@ from sparse_llama.errors import SparseLlamaError
 from sparse_llama.evaluation.answers import write_answers
 from sparse_llama.evaluation.evaluate import evaluate
 from sparse_llama.evaluation.report import positions_to_json, to_json
-from sparse_llama.evaluation.retrieval import Retrieval, retrieve
+from sparse_llama.evaluation.retrieval import retrieve
 from sparse_llama.evaluation.score import by_position
 from sparse_llama.generation import generate_batch
 from sparse_llama.model.assemble import OpenedModel, open_model
@@ -89,14 +89,18 @@ def _records(opened: OpenedModel, order: Order) -> dict[str, Any]:
 
 
 def _retrieval(opened: OpenedModel, order: Order, asked: RetrievalSettings) -> dict[str, Any]:
-    """Return what is found, by length and depth; the same texts for every model of the study."""
-    found: Retrieval = retrieve(
-        opened,
-        asked.kind,
-        lengths=asked.lengths or None,
-        num_depths=asked.depths,
-        trials=asked.trials,
-    )
+    """Return what is found, by length and depth, in the same texts for every model of the study; or why
+    nothing was looked for, such as a length that is too short."""
+    try:
+        found = retrieve(
+            opened,
+            asked.kind,
+            lengths=asked.lengths or None,
+            num_depths=asked.depths,
+            trials=asked.trials,
+        )
+    except SparseLlamaError as error:
+        return {"error": str(error)}
     return {
         "exact": found.exact,
         "loss": found.loss,
@@ -119,8 +123,13 @@ def main() -> None:
     parser.add_argument("order", type=Path)
     order = Order.read(parser.parse_args().order)
     ranks.initialize()
-    write_json(order.folder / RESULT, measure(order))
-    ranks.finalize()
+    try:
+        write_json(order.folder / RESULT, measure(order))
+    except SparseLlamaError as error:
+        print(f"error: {error}", flush=True)
+        raise SystemExit(error.exit_status) from None
+    finally:
+        ranks.finalize()
 
 
 if __name__ == "__main__":

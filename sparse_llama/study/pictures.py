@@ -60,8 +60,9 @@ def retrieval_pictures(results: Results, seq_length: int) -> list[Picture]:
     if asked is None:
         return []
     found = [
-        (name, [one["retrieval"]["cells"] for one in measured])
+        (name, runs)
         for name, measured in _by_model(results, seq_length)
+        if (runs := [one["retrieval"]["cells"] for one in measured if "error" not in one["retrieval"]])
     ]
     if not found:
         return []
@@ -77,6 +78,12 @@ def retrieval_pictures(results: Results, seq_length: int) -> list[Picture]:
         save_heat_maps(maps, title, file, row_label="depth", column_label="tokens")
         pictures.append(Picture(file, f"{words}, by the length of the text and the fact's depth in it."))
     return pictures
+
+
+def retrieval_errors(results: Results, seq_length: int) -> list[str]:
+    """Return why nothing was looked for in long texts, each reason once."""
+    found = [one.get("retrieval") or {} for _, measured in _by_model(results, seq_length) for one in measured]
+    return list(dict.fromkeys(one["error"] for one in found if "error" in one))
 
 
 def _heat_map(name: str, runs: Sequence[Sequence[dict[str, Any]]], key: str, highest: float) -> HeatMap:

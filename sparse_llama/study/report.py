@@ -8,7 +8,12 @@ from pathlib import Path
 from sparse_llama.config.document import read_document
 from sparse_llama.config.settings import Settings
 from sparse_llama.reporting.page import Block, Code, Grid, Page, Picture, Section, Text, to_html, to_markdown
-from sparse_llama.study.pictures import loss_pictures, position_pictures, retrieval_pictures
+from sparse_llama.study.pictures import (
+    loss_pictures,
+    position_pictures,
+    retrieval_errors,
+    retrieval_pictures,
+)
 from sparse_llama.study.results import Results, read_results
 from sparse_llama.study.runs import Study
 from sparse_llama.study.settings import EQUAL_TIME
@@ -123,6 +128,9 @@ def _quality(results: Results) -> list[Section]:
         if perplexities is not None:
             blocks += [Text(f"Perplexity over windows of {seq_length:,} tokens."), perplexities]
         blocks += [*position_pictures(results, seq_length), *retrieval_pictures(results, seq_length)]
+        blocks += [
+            Text(f"Retrieval was not measured: {why}") for why in retrieval_errors(results, seq_length)
+        ]
         if blocks:
             sections.append(Section(f"Quality at {seq_length:,} tokens", blocks))
     return sections

@@ -172,6 +172,17 @@ def test_a_run_that_could_not_be_measured_says_why(tmp_path: Path):
     assert runs["dense_128_seed1"] == ["done", "not measured, out of memory: 8 GiB more asked for"]
 
 
+def test_retrieval_that_cannot_be_says_why_once(tmp_path: Path):
+    study = fabricate(tmp_path, seeds=[1], compare=["equal_steps"])
+    for variant in ("dense", "sparse"):
+        found = measured(0.5, 2.0, "a fox") | {"retrieval": {"error": "--lengths: 4 tokens are too few"}}
+        leave(study, StudyRun(variant, 128, 1), summary=summary(), measured=found, losses=[2.0, 1.5])
+    files = write_report(study)
+    text = files[0].read_text(encoding="utf-8")
+    assert text.count("Retrieval was not measured: --lengths: 4 tokens are too few") == 1
+    assert not any("retrieval" in file.name for file in files)
+
+
 def test_all_of_a_variant_out_of_memory_is_what_its_cells_say(tmp_path: Path):
     study = fabricate(tmp_path, seeds=[1], compare=["equal_steps"])
     leave(study, StudyRun("dense", 128, 1), status="out of memory", reason="9 GiB more asked for")
