@@ -21,6 +21,13 @@ LLAMA_2 = (
     "{% elif message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+SHORT = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ '### Response:\\n' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
+"""Ours, without the sentences in front: words that the bundled base knows."""
 TEXTS = ["Where does Ann live?", "Ann lives in Oslo.", "user\nassistant\nsystem\n", "  two  spaces\n\n"]
 
 

@@ -15,6 +15,7 @@ from sparse_llama.study.results import Result, read_results
 from sparse_llama.study.runner import DONE
 from sparse_llama.study.runs import Study
 
+_REFRESH_S = 1.0
 _HEADER = ("run", "", "step", "train loss", "validation", "tokens/s", "peak", "time")
 
 
@@ -24,7 +25,7 @@ class LiveStudy:
     def __init__(self, study: Study) -> None:
         self._study, self._console = study, plain_console()
         self._doing = ("", "")  # a run's name, and what is being done with it
-        self._since_s = 0.0
+        self._since_s = self._shown_s = 0.0
         self._live: Live | None = None
 
     @contextmanager
@@ -52,9 +53,11 @@ class LiveStudy:
             self._console.print(f"{name}: {said}, {elapsed}", soft_wrap=True, markup=False)
 
     def refresh(self) -> None:
-        """Show the table anew; does nothing elsewhere than on a terminal."""
-        if self._live is not None:
+        """Show the table anew, at most once a second, as it reads every run's files; does nothing elsewhere
+        than on a terminal."""
+        if self._live is not None and perf_counter() - self._shown_s >= _REFRESH_S:
             self._live.update(self._table(), refresh=True)
+            self._shown_s = perf_counter()
 
     def show(self) -> None:
         """Print the table as it is now."""

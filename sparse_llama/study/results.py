@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llama.study.measure import RESULT
-from sparse_llama.study.runner import MEASURED, OUT_OF_MEMORY, Outcome, read_outcome
+from sparse_llama.study.runner import MEASURED, Outcome, read_outcome
 from sparse_llama.study.runs import Study, StudyRun
 
 Curve = list[tuple[int, float]]
@@ -26,10 +26,6 @@ class Result:
     measured: dict[str, Any] | None
     measuring: Outcome | None = None
     """What came of measuring it; None where that has not ended."""
-
-    @property
-    def is_out_of_memory(self) -> bool:
-        return self.outcome is not None and self.outcome.status == OUT_OF_MEMORY
 
     @property
     def peak_bytes(self) -> int | None:

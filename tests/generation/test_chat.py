@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapted_models import shake
-from chat_tokenizers import write_sentencepiece
+from chat_tokenizers import SHORT, write_sentencepiece
 from transformers import LlamaForCausalLM
 
 from sparse_llama import cli
@@ -25,12 +25,6 @@ from sparse_llama.errors import ConfigError
 from sparse_llama.model.assemble import OpenedModel, open_model
 
 BASE = MODELS["bundled:tiny-llama"]
-SHORT = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ '### Response:\\n' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
 QUESTIONS = ["Which color does Pabel like best?", "Where does Velen live?", "Tell me the pet of Nilen."]
 LENGTH = 12
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_tokenizers import write_sentencepiece
+from chat_tokenizers import SHORT, write_sentencepiece
 
 from sparse_llama import cli
 from sparse_llama.adapters.bank import require_bank
@@ -23,13 +23,6 @@ from sparse_llama.model.llama import load_llama
 from sparse_llama.training.loop import fit
 
 QUESTION = "Where does Tom live?"
-SHORT = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ '### Response:\\n' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-)
-"""Without the sentences in front that ours has."""
 PROMPT = f"<s>### Instruction:\n{QUESTION}\n\n### Response:\n"
 
 
