@@ -36,5 +36,21 @@ class OutOfMemoryError(SparseLlamaError):
     exit_status = 3
 
 
+class StoppedError(SparseLlamaError):
+    """A run was stopped before its end, and has saved: no mistake, and not done either."""
+
+    exit_status = 4
+
+
+class DivergedError(SparseLlamaError):
+    """The loss of a run was no number, or worse than guessing, for too many steps."""
+
+
+class RankLostError(SparseLlamaError):
+    """Another rank of the job has ended, and this one cannot go on without it."""
+
+    exit_status = 1
+
+
 class OffloadError(SparseLlamaError):
     """What waits for the backward pass in host memory or on a drive cannot be put there, or got back."""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from sparse_llama.errors import OutOfMemoryError, SparseLlamaError
+from sparse_llama.errors import OutOfMemoryError, RankLostError, SparseLlamaError, StoppedError
 
 MAIN_SPEAKS_WITHIN_S = 10
 
@@ -24,13 +24,13 @@ def main(
     status 2.
 
     Raises:
-        SystemExit: 2 after a mistake, 3 after memory ran out, 130 after Ctrl-C; every other exception is ours
-        and keeps its traceback.
+        SystemExit: 2 after a mistake, 3 after memory ran out, 4 after a run was stopped and has saved, 1
+        after another rank has ended, 130 after Ctrl-C; every other exception is ours and keeps its traceback.
     """
     try:
         call(flags.parse_args(argv))
     except SparseLlamaError as error:
-        tell(str(error), is_one_line=not isinstance(error, OutOfMemoryError))
+        _tell_error(error)
         raise SystemExit(error.exit_status) from None
     except KeyboardInterrupt:
         if is_main():
@@ -49,11 +49,24 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def tell(message: str, *, is_one_line: bool = True) -> None:
+def _tell_error(error: SparseLlamaError) -> None:
+    if isinstance(error, StoppedError):
+        if is_main():
+            tell(str(error), kind="stopped")
+    elif isinstance(error, RankLostError):
+        # The launcher ends the others within a second. The main rank may be the one that has ended: then the
+        # next one speaks.
+        if os.environ.get("RANK", "0") in ("0", "1"):
+            tell(f"rank {os.environ.get('RANK')}: {error}", waits=False)
+    else:
+        tell(str(error), is_one_line=not isinstance(error, OutOfMemoryError))
+
+
+def tell(message: str, *, is_one_line: bool = True, kind: str = "error", waits: bool = True) -> None:
     """Print a mistake on standard error, as one line unless told otherwise; other ranks leave the word to the
-    main one first."""
-    line = "error: " + (" ".join(message.split()) if is_one_line else message)
-    if not is_main():
+    main one first, unless this one does not wait."""
+    line = f"{kind}: " + (" ".join(message.split()) if is_one_line else message)
+    if not is_main() and waits:
         # The launcher ends the job when the first rank ends: the main one, which says the same, must be it.
         # Still here after that, this rank is the only one with the mistake.
         time.sleep(MAIN_SPEAKS_WITHIN_S)

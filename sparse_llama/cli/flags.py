@@ -83,6 +83,13 @@ def add_run_flags(flags: argparse.ArgumentParser, without: Collection[str] = ())
     )
     add("--steps", type=int, metavar="N", help="optimizer steps to run, instead of epochs")
     add("--epochs", type=int, metavar="N", help="passes over the data, instead of steps")
+    add("--save_every", type=int, metavar="N", help="steps between checkpoints")
+    add(
+        "--time_budget_s",
+        type=float,
+        metavar="S",
+        help="seconds after which this start of the run must have saved and ended",
+    )
     add("--lr", type=float, metavar="X", help="peak learning rate")
     add("--seed", type=int, metavar="N", help="of everything that is drawn")
     add("--zero_stage", type=int, choices=(0, 1, 2, 3), help="DeepSpeed ZeRO stage")

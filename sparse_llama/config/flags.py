@@ -45,6 +45,8 @@ class Overrides:
     output_dir: Path | None = None
     steps: int | None = None
     epochs: int | None = None
+    save_every: int | None = None
+    time_budget_s: float | None = None
     lr: float | None = None
     seed: int | None = None
     resume: Literal["auto"] | Path | None = None
@@ -58,13 +60,16 @@ def check_flags(flags: Overrides) -> None:
         ConfigError: a value out of range, or two flags that exclude each other.
     """
     at_least = {"seq_length": 2, "seed": 0}
-    at_least |= dict.fromkeys(("steps", "epochs", "number_checkpoints", "micro_batch_size"), 1)
+    counts = ("steps", "epochs", "save_every", "number_checkpoints", "micro_batch_size")
+    at_least |= dict.fromkeys(counts, 1)
     for name, least in (at_least | dict.fromkeys(LEVERS, 0)).items():
         value = getattr(flags, name)
         if value not in (None, "auto") and not least <= value < 2**63:
             raise ConfigError(f"--{name}: must be >= {least} and < 2**63, got {value}")
-    if flags.lr is not None and not 0 < flags.lr < float("inf"):
-        raise ConfigError(f"--lr: must be > 0, got {flags.lr}")
+    for name in ("lr", "time_budget_s"):
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name}: must be > 0, got {value}")
     choices: tuple[tuple[str, tuple[object, ...]], ...] = (
         ("zero_stage", (0, 1, 2, 3)),
         ("offload", OFFLOADS),
@@ -131,6 +136,9 @@ def apply_flags(document: Mapping[str, Any], flags: Overrides) -> dict[str, Any]
             training = settings.setdefault("training", {})
             training[name] = getattr(flags, name)
             training.pop(other, None)
+    for name in ("save_every", "time_budget_s"):
+        if getattr(flags, name) is not None:
+            settings.setdefault("training", {})[name] = getattr(flags, name)
     has_layouts = bool(settings.get("attention", {}).get("layouts"))
     if flags.attention == "dense":
         merged.pop("sparse_attention", None)

@@ -281,7 +281,18 @@ class TrainingSettings(Section):
     """Steps between checkpoints; null saves one at the end."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+
+    keep_best: int = Field(default=0, ge=0)
+    """Checkpoints to keep beside these: those with the lowest validation losses. Needs a validation at every
+    save."""
+
+    time_budget_s: float | None = Field(default=None, gt=0)
+    """Seconds from the start of the program by which it must have saved and ended; null is no limit. A run
+    that is not done by then goes on with ``--resume``, which has as long again."""
+
+    diverged_patience: int = Field(default=3, ge=1)
+    """Steps in a row whose loss is no number, or worse than guessing, before the run stops."""
 
     init_adapter: str | None = None
     """An adapter to train on from, of this or another program; the run's variant is then its own."""
@@ -300,6 +311,16 @@ class TrainingSettings(Section):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"steps ({self.steps}) and epochs ({self.epochs}) are both given; keep one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        saved, looked = self.save_every, self.eval_every
+        if self.keep_best and (saved is None or looked is None or saved % looked != 0):
+            raise ValueError(
+                f"keep_best is {self.keep_best}, save_every {show(saved)} and eval_every {show(looked)}: "
+                "the best are known where each save follows a validation; make save_every a multiple of it"
             )
         return self
 

@@ -6,11 +6,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from sparse_llama.data.packing import IGNORED, PADDING, Row
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,30 @@ class Batches:
         same rows however G is cut into micro-batches and ranks, grouped by length or not:
         grouping sorts the G rows, and an optimizer step weighs every labelled token of its rows the same.
         """
-        num_rows = self._micro * accumulation * self._world
-        rows = [self._row(number) for number in range(step_index * num_rows, (step_index + 1) * num_rows)]
-        pieces = _cut(by_length(rows) if self._is_grouped else rows, self._micro)
-        return [collate(piece, self._shard) for piece in pieces[self._rank :: self._world]]
+        numbers = self.row_numbers(step_index, accumulation, self._rank)
+        return [collate([self._rows[number] for number in piece], self._shard) for piece in numbers]
 
-    def _row(self, number: int) -> Row:
-        epoch, place = divmod(number, len(self._rows))
-        return self._rows[self._epoch_order(epoch)[place]]
+    def sample(self, count: int = 256) -> dict[str, torch.Tensor]:
+        """Return the tokens of up to ``count`` rows, evenly spaced, and the lengths of all: what tells one
+        data set from another at little cost."""
+        chosen = range(0, len(self._rows), -(-len(self._rows) // count))
+        parts = {"lengths": torch.tensor([len(row) for row in self._rows], dtype=torch.int32)}
+        for number in chosen:
+            row = self._rows[number]
+            parts |= {f"ids {number}": row.ids, f"labels {number}": row.labels}
+        return parts
+
+    def row_numbers(self, step_index: int, accumulation: int, rank: int) -> list[list[int]]:
+        """Return the numbers of the rows in each micro-batch of ``rank`` in a step, counted from 0."""
+        num_rows = self._micro * accumulation * self._world
+        numbers = list(map(self._number, range(step_index * num_rows, (step_index + 1) * num_rows)))
+        if self._is_grouped:
+            numbers.sort(key=lambda number: len(self._rows[number]), reverse=True)
+        return [list(piece) for piece in _cut(numbers, self._micro)[rank :: self._world]]
+
+    def _number(self, place: int) -> int:
+        epoch, index = divmod(place, len(self._rows))
+        return self._epoch_order(epoch)[index]
 
     def _draw_order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 % 2**62 + epoch)
@@ -164,8 +183,8 @@ def _padded_length(rows: Sequence[Row], num_shards: int) -> int:
     return longest + -longest % num_shards
 
 
-def _cut(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
+def _cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def _unlabelled(row: Row) -> Row:

@@ -120,6 +120,18 @@ def broadcast_from_main(tensor: torch.Tensor) -> torch.Tensor:
     return same
 
 
+def from_main(number: int) -> int:
+    """Return the main process' ``number`` on every process."""
+    return int(broadcast_from_main(torch.tensor(number, dtype=torch.int64, device=device())))
+
+
+def gather_numbers(number: float) -> list[float]:
+    """Return every process' ``number``, in fp64, by rank."""
+    numbers = torch.zeros(world_size(), dtype=torch.float64, device=device())
+    numbers[rank()] = number
+    return all_reduce_sum(numbers).tolist()
+
+
 def environment_without_job() -> dict[str, str]:
     """Return this process' environment without what makes it a part of its job: that of one which starts a
     job of its own."""

@@ -55,6 +55,11 @@ class Intervals:
         return self._own[0].numel() - 1
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the set is held in; equal tensors are equal sets."""
+        return (*self._own, *(self._shared or ()))
+
+    @property
     def row_starts(self) -> torch.Tensor:
         """(N + 1,) int64: row i has the intervals row_starts[i] to row_starts[i + 1]."""
         return self._listed[0]

@@ -118,10 +118,12 @@ def optimizer_step(
     weight = len(micro_batches) * world_size() / max(total, 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device())
     moment = Moment() if moment is None else moment
+    moment.losses.clear()
     for batch in micro_batches:
         moment.enter(FORWARD, batch)
         loss = engine(**batch.to(device()))
         loss_sum += loss.detach()
+        moment.losses.append(loss.detach())
         moment.enter(BACKWARD, batch)
         engine.backward(loss * weight)
         moment.enter(UPDATE, batch)

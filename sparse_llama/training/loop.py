@@ -5,27 +5,20 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
-from sparse_llama.adapters.weights import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from sparse_llama.config.run import Run
 from sparse_llama.distributed import ranks
-from sparse_llama.errors import CheckpointError
+from sparse_llama.distributed.agreement import check_agreement
+from sparse_llama.errors import RankLostError, StoppedError
 from sparse_llama.model.checks import check_first_loss
-from sparse_llama.model.rope import describe_positions
 from sparse_llama.reporting.tables import plain_console
 from sparse_llama.training import report
-from sparse_llama.training.checkpoint import (
-    Position,
-    checkpoint_name,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from sparse_llama.training.agreed import agreed_configuration, agreed_session
+from sparse_llama.training.checkpoint import Position, list_checkpoints
+from sparse_llama.training.divergence import RECORD, Divergence
 from sparse_llama.training.engine import MONITOR_BLOCKS, gradient_norm, optimizer_step
 from sparse_llama.training.host_memory import private_bytes
 from sparse_llama.training.metrics import (
@@ -36,7 +29,7 @@ from sparse_llama.training.metrics import (
     peak_memory_bytes,
     write_json,
 )
-from sparse_llama.training.moment import UPDATE, Moment
+from sparse_llama.training.moment import UPDATE, VALIDATION, Moment
 from sparse_llama.training.out_of_memory import (
     RunOutOfMemoryError,
     Shortage,
@@ -44,9 +37,13 @@ from sparse_llama.training.out_of_memory import (
     is_out_of_memory,
     release,
 )
+from sparse_llama.training.output import publish_adapter, sole_user, writing
 from sparse_llama.training.progress import TrainingProgress
+from sparse_llama.training.resuming import find_start, resume
 from sparse_llama.training.retries import forget_retries, read_retries
+from sparse_llama.training.saves import VALIDATIONS, Saves
 from sparse_llama.training.session import Session, prepare
+from sparse_llama.training.stopping import Interrupted, Stopping, words_of_lost_rank
 from sparse_llama.training.validation import Validation, validate
 
 
@@ -61,32 +58,41 @@ def fit(run: Run, *, num_retries: int = 0) -> None:
     Raises:
         RunOutOfMemoryError: memory ran out, wherever in the run; a job of one process has then saved every
             finished step if it could.
+        StoppedError: a signal or the time budget stopped it; every finished step is saved.
+        DivergedError: the loss was no number, or worse than guessing, for too many steps.
+        RankLostError: another rank of the job has ended.
     """
+    started_s = time.monotonic()
     ranks.initialize()
-    shortage = _fit(run, num_retries)
+    check_agreement(lambda: agreed_configuration(run))
+    with sole_user(run.output_dir):
+        shortage = _fit(run, num_retries, started_s)
     if shortage is not None:
         gc.collect()  # the engine is part of cycles, and whoever catches this may need its memory
         raise RunOutOfMemoryError(shortage)
 
 
-def _fit(run: Run, num_retries: int) -> Shortage | None:
+def _fit(run: Run, num_retries: int, started_s: float) -> Shortage | None:
     """Do the run; return what is known of the memory that ran out, if it did."""
     console = plain_console(is_quiet=not ranks.is_main())
     moment, baseline_bytes = Moment("preparing the run"), private_bytes()
-    session = position = None
+    session = position = saves = None
     try:
+        start = find_start(run)
         session = prepare(run, console)
-        position = _begin(session, num_retries) if run.resume is None else _resume(session, console)
-        report.show_start(console, session)
-        if position.before is None:
-            start = run.settings.training.init_adapter
-            console.print(f"validating {'the base model' if start is None else start} ...")
-            position.before = asdict(_validate(session, moment))
-            _check_base(session, position.before["loss"])
-        final = _train(session, position, console, moment)
-        _finish(session, position, final, console)
+        check_agreement(lambda: agreed_session(session, start))
+        position = _begin(session, num_retries) if start is None else resume(session, start, console)
+        _record(session)
+        saves = Saves(session, console, moment)
+        with Stopping(moment, budget_s=run.settings.training.time_budget_s, started_s=started_s) as stopping:
+            try:
+                _run(session, position, saves, stopping, console, moment)
+            except Interrupted:
+                _stop(saves, position, stopping.received)
         return None
     except Exception as error:
+        if (words := words_of_lost_rank(error)) is not None:
+            raise RankLostError(_lost(run, words)) from error
         if not is_out_of_memory(error):
             raise
         shortage = describe(
@@ -98,7 +104,7 @@ def _fit(run: Run, num_retries: int) -> Shortage | None:
             rank=ranks.rank(),
         )
         release(error)
-    is_saved = session is not None and position is not None and _rescue(session, position, moment)
+    is_saved = saves is not None and position is not None and _rescue(saves, position, moment)
     is_own = position is not None or run.resume is not None  # else the folder may still hold another run's
     checkpoints = list_checkpoints(run.output_dir / "checkpoints") if is_own else []
     newest = checkpoints[-1] if checkpoints else None
@@ -107,22 +113,17 @@ def _fit(run: Run, num_retries: int) -> Shortage | None:
     return replace(shortage, checkpoint=newest, is_saved_now=is_saved)
 
 
-def _rescue(session: Session, position: Position, moment: Moment) -> bool:
+def _rescue(saves: Saves, position: Position, moment: Moment) -> bool:
     """Save the finished steps after memory ran out in the middle of another; return whether that was done.
 
     Masters and moments change in the optimizer's update only: wherever else memory ran out they are those of
     the last finished step. Other ranks wait in the middle of that step, and cannot save.
     """
     is_intact = moment.phase != UPDATE or moment.step == position.step
-    if (
-        not is_intact
-        or position.step == 0
-        or ranks.world_size() > 1
-        or _last_checkpoint(session, position).exists()
-    ):
+    if not is_intact or position.step == 0 or ranks.world_size() > 1 or saves.has(position):
         return False
     try:
-        _save(session, position, moment)
+        saves.now(position)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -130,18 +131,47 @@ def _rescue(session: Session, position: Position, moment: Moment) -> bool:
     return True
 
 
-def _train(session: Session, position: Position, console: Console, moment: Moment) -> Validation:
+def _run(
+    session: Session,
+    position: Position,
+    saves: Saves,
+    stopping: Stopping,
+    console: Console,
+    moment: Moment,
+) -> None:
+    """Validate, train, validate, and leave the results."""
+    report.show_start(console, session)
+    if position.before is None:
+        start = session.run.settings.training.init_adapter
+        console.print(f"validating {'the base model' if start is None else start} ...")
+        position.before = asdict(_validate(session, moment))
+        _check_base(session, position.before["loss"])
+    final = _train(session, position, saves, stopping, console, moment)
+    _finish(session, position, saves, final, console)
+
+
+def _train(
+    session: Session,
+    position: Position,
+    saves: Saves,
+    stopping: Stopping,
+    console: Console,
+    moment: Moment,
+) -> Validation:
     """Take the remaining steps; return the validation after the last."""
     run, engine = session.run, session.engine
     training = run.settings.training
-    files = _Files(run.output_dir, position, session.total_steps) if ranks.is_main() else None
+    files = _Files(run.output_dir, position, session.total_steps, console) if ranks.is_main() else None
     monitors = Monitors(
         {name: run.deepspeed[name] for name in MONITOR_BLOCKS if name in run.deepspeed}, run.output_dir
     )
     clock = Clock(position.elapsed_s)
+    divergence = Divergence(session, (position.before or {})["loss"])
     engine.train()
     with TrainingProgress(console, position.step, session.total_steps) as progress:
         for step in range(position.step + 1, session.total_steps + 1):
+            if (reason := stopping.reason()) is not None:
+                _stop(saves, position, reason)
             clock.start()
             started_s = time.perf_counter()
             lr = engine.get_lr()[0]
@@ -175,30 +205,61 @@ def _train(session: Session, position: Position, console: Console, moment: Momen
             )
             progress.update(metrics)
 
+            divergence.look(step, metrics.loss, engine.get_global_grad_norm(), moment)
+            if divergence.onset is not None:  # nothing worth saving or validating
+                divergence.check_patience(saves.newest(), is_last=step == session.total_steps)
+                continue
             if _is_due(step, training.eval_every) and step < session.total_steps:
                 validation = _validate(session, moment)
                 monitors.write(step, {"validation/loss": validation.loss})
                 if files is not None:
                     files.add(step, asdict(validation))
                 console.print(f"step {step}  validation loss {validation.loss:.4f}{report.score(validation)}")
-            if _is_due(step, training.save_every):
-                _save(session, position, moment)
-    if not _last_checkpoint(session, position).exists():
-        _save(session, position, moment)
+            if _is_due(step, training.save_every) and step < session.total_steps:
+                saves.try_now(position)
+    saves.now(position)
     final = _validate(session, moment)
     monitors.write(session.total_steps, {"validation/loss": final.loss})
     if files is not None:
         files.add(session.total_steps, asdict(final))
+    saves.prune()
     return final
+
+
+def _stop(saves: Saves, position: Position, reason: str) -> NoReturn:
+    """End a run before its end, with every finished step saved.
+
+    Raises:
+        StoppedError: always.
+    """
+    if position.step == 0:
+        raise StoppedError(f"{reason}: before the first step, there is nothing to save")
+    checkpoint = saves.now(position)
+    raise StoppedError(
+        f"{reason}: after step {position.step}, {checkpoint} is saved; the same command with --resume goes on"
+    )
+
+
+def _lost(run: Run, words: str) -> str:
+    newest = next(reversed(list_checkpoints(run.output_dir / "checkpoints")), None)
+    then = (
+        f"the newest checkpoint is {newest}, --resume goes on from it"
+        if newest
+        else "no checkpoint is there yet"
+    )
+    return (
+        f'another rank has ended ("{words}"): its own message is above, or the system ended it, for want of '
+        f"host memory for one; {then}"
+    )
 
 
 class _Files:
     """The lines that a run leaves as it goes on."""
 
-    def __init__(self, output_dir: Path, position: Position, total_steps: int) -> None:
-        self.steps = StepLines(output_dir / "metrics.jsonl", position.step)
+    def __init__(self, output_dir: Path, position: Position, total_steps: int, console: Console) -> None:
+        self.steps = StepLines(output_dir / "metrics.jsonl", position.step, console)
         known = min(position.step, total_steps - 1)  # the last validation follows the last checkpoint
-        self._validations = StepLines(output_dir / "validation.jsonl", known)
+        self._validations = StepLines(output_dir / VALIDATIONS, known, console)
         if position.step == 0 and position.before is not None:
             self.add(0, position.before)
 
@@ -217,74 +278,35 @@ def _begin(session: Session, num_retries: int) -> Position:
     if ranks.is_main() and session.run.overwrite and (output_dir / "run.json").exists():
         for name in ("checkpoints", "adapter", "tensorboard", "csv_monitor"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "validation.jsonl", "summary.json"):
+        for name in ("metrics.jsonl", VALIDATIONS, "summary.json", RECORD):
             (output_dir / name).unlink(missing_ok=True)
-    _record(session)
     return Position()
-
-
-def _resume(session: Session, console: Console) -> Position:
-    run = session.run
-    assert run.resume is not None
-    folder = find_checkpoint(run.output_dir / "checkpoints", run.resume)
-    position = load_checkpoint(folder, session.engine, session.parameters)
-    console.print(f"resuming from {folder}")
-    before, now = read_adapter_config(folder).rope_parameters, session.adapter.rope_parameters
-    if before != now:
-        told = f"{describe_positions(before)}, this run goes on with {describe_positions(now)}"
-        console.print(f"note: it was trained with {told}", style="yellow")
-    before, now = read_adapter_config(folder).template, session.adapter.template
-    if before != now:
-        told = f"template {before}, this run goes on with {now}"
-        console.print(f"note: it was trained with {told}", style="yellow")
-    if position.step > session.total_steps:
-        raise CheckpointError(
-            f"{folder}: stands at step {position.step}, beyond the {session.total_steps} of this run; give "
-            "it more --steps or --epochs"
-        )
-    _record(session)
-    return position
 
 
 def _record(session: Session) -> None:
     """Write ``run.json``: what this run is, as it was started last."""
-    if ranks.is_main():
-        session.run.output_dir.mkdir(parents=True, exist_ok=True)
-        retries = {"retries": read_retries(session.run.output_dir)}
-        write_json(session.run.output_dir / "run.json", report.run_record(session) | retries)
-    ranks.barrier()
+    output_dir = session.run.output_dir
+    with writing(output_dir):
+        if ranks.is_main():
+            retries = {"retries": read_retries(output_dir)}
+            write_json(output_dir / "run.json", report.run_record(session) | retries)
 
 
-def _save(session: Session, position: Position, moment: Moment) -> None:
-    moment.enter("saving a checkpoint")
-    folder = session.run.output_dir / "checkpoints"
-    save_checkpoint(folder, session.engine, session.parameters, session.adapter, position)
-    prune_checkpoints(folder, session.run.settings.training.keep_last)
-
-
-def _last_checkpoint(session: Session, position: Position) -> Path:
-    return session.run.output_dir / "checkpoints" / checkpoint_name(position.step)
-
-
-def _finish(session: Session, position: Position, final: Validation, console: Console) -> None:
+def _finish(session: Session, position: Position, saves: Saves, final: Validation, console: Console) -> None:
     """Publish the adapter and the summary, then show both."""
-    run = session.run
-    if ranks.is_main():
-        last = _last_checkpoint(session, position)
-        adapter = run.output_dir / "adapter"
-        adapter.mkdir(exist_ok=True)
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            shutil.copyfile(last / name, adapter / name)
-        summary = report.summarize(session, position, final)
-        summary["retries"] = read_retries(run.output_dir)
-        write_json(run.output_dir / "summary.json", summary)
-        report.show_answers(console, session, position, final)
-        report.show_summary(console, session, summary)
-    ranks.barrier()
+    run, last = session.run, saves.now(position)
+    with writing(run.output_dir):
+        if ranks.is_main():
+            publish_adapter(last, run.output_dir)
+            summary = report.summarize(session, position, final)
+            summary["retries"] = read_retries(run.output_dir)
+            write_json(run.output_dir / "summary.json", summary)
+            report.show_answers(console, session, position, final)
+            report.show_summary(console, session, summary)
 
 
 def _validate(session: Session, moment: Moment) -> Validation:
-    moment.enter("validation")
+    moment.enter(VALIDATION)
     return validate(
         session.objective,
         session.llama,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from sparse_llama import __version__
 from sparse_llama.distributed.ranks import device
@@ -34,18 +35,54 @@ class StepMetrics:
 
 class StepLines:
     """Appends to a file of one JSON object per line, each with its ``step``; a resumed run first drops the
-    lines beyond the step it resumes from."""
+    lines beyond the step it resumes from, and one that a killed process has left unfinished.
 
-    def __init__(self, path: Path, last_step: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._path = path
+    Where the drive is full, lines wait in memory for room: a curve is no reason to end a run.
+    """
+
+    def __init__(self, path: Path, last_step: int, console: Console) -> None:
+        self._path, self._console = path, console
+        self._waiting: list[str] = []
+        kept = [line for line in read_step_lines(path) if line["step"] <= last_step]
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        unfinished.replace(path)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line and flush it."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Write one line and flush it, with those that wait."""
+        self._waiting.append(f"{json.dumps(line)}\n")
+        try:
+            with self._path.open("ab") as file:
+                end = file.tell()
+                try:
+                    file.write("".join(self._waiting).encode())
+                    file.flush()
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            if len(self._waiting) == 1:
+                told = f"{self._path}: cannot be written ({error.strerror}); lines wait until there is room"
+                self._console.print(f"note: {told}", style="bold red")
+            return
+        self._waiting.clear()
+
+
+def read_step_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file that ``StepLines`` writes; none where there is no file.
+
+    A process that was killed may have left its last line unfinished: it is left out.
+    """
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    lines = list[dict[str, Any]]()
+    for text in whole.splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
 
 class Monitors:
