@@ -3,21 +3,24 @@
 import copy
 import json
 import random
+import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 _RAW = "@raw@"
 JUNK: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 7, 1000, 2**31, 2**40, 2**63 - 1, 2**63, 2**70, -(2**63), -(2**70), 0.5, -0.0,
-    1e-320, 1e308, -1e308, 3.0, 5e8, float("nan"), float("inf"), float("-inf"), f"{_RAW}1e400", f"{_RAW}{'9' * 5000}",
-    f"{_RAW}-0", f"{_RAW}00", f"{_RAW}0x10", f"{_RAW}.5", f"{_RAW}True", f"{_RAW}None", f"{_RAW}undefined",
-    "", " ", "auto", "x", "cpu", "nvme", "none", "dense", "1", "true", "null", "NaN", "\u2603\n", "\ud800", "\0",
-    "\x1b[31m", "[bold]x[/bold]", "bundled:", "bundled:tiny-llama", "../..", "/", "~", "~nobody-here/x", "a" * 300,
-    "b" * 100_000, "https://user:secret@example.com/x", "$(touch x)", "`touch x`", "; rm -rf x", "%s", "{0}",
-    [], [[]], [None], [1, "a"], [0] * 5000, [{}], ["x"], {}, {"a": {}}, {"": 1}, {"\u2603": 1}, {"a" * 300: 1},
+    None, True, False, 0, -1, 1, 2, 7, 1000, 2**31, 2**40, 2**63 - 1, 2**63, 2**70, -(2**63), -(2**70), 0.5,
+    -0.0, 1e-320, 1e308, -1e308, 3.0, 5e8, float("nan"), float("inf"), float("-inf"), f"{_RAW}1e400",
+    f"{_RAW}{'9' * 5000}", f"{_RAW}-0", f"{_RAW}00", f"{_RAW}0x10", f"{_RAW}.5", f"{_RAW}True",
+    f"{_RAW}None", f"{_RAW}undefined", "", " ", "auto", "x", "cpu", "nvme", "none", "dense", "1", "true",
+    "null", "NaN", "\u2603\n", "\ud800", "\0", "\x1b[31m", "[bold]x[/bold]", "bundled:",
+    "bundled:tiny-llama", "../..", "/", "~", "~nobody-here/x", "a" * 300, "b" * 100_000,
+    "https://user:secret@example.com/x", "$(touch x)", "`touch x`", "; rm -rf x", "%s", "{0}", [], [[]],
+    [None], [1, "a"], [0] * 5000, [{}], ["x"], {}, {"a": {}}, {"": 1}, {"\u2603": 1}, {"a" * 300: 1},
     {"device": "cpu"}, {"device": "nvme"}, {"enabled": True}, {"type": "AdamW"}, {"type": "WarmupLR"},
-    {"mode": "dense"}, {"mode": "mask", "path": "."}, {"stage": 3}, "0:2", "::0", "::-1", [0, -1], [-1], [2**62],
+    {"mode": "dense"}, {"mode": "mask", "path": "."}, {"stage": 3}, "0:2", "::0", "::-1", [0, -1], [-1],
+    [2**62],
 ]  # fmt: skip
 """Values of any type, of any size; some are no JSON."""
 TOKENS = '{}[]",:0-+.eE#/\\\u2603\x00\x07\ufeff \n'
@@ -82,7 +85,34 @@ def damaged(text: str, rng: random.Random) -> bytes:
     return content.replace(b"\n", rng.choice((b"\r\n", b"\r", b"\x00", b"\x85")))
 
 
-def flipped(content: bytes, rng: random.Random, *, num_flips: int = 1, first: int = 0, last: int = 0) -> bytes:
+def misspelt(document: dict[str, Any], rng: random.Random) -> tuple[str, list[str | int]]:
+    """Return the text of ``document`` with a key that nobody knows, and the path of that key."""
+    changed = copy.deepcopy(document)
+    path, block = rng.choice(list(_named_blocks(changed, [])))
+    if block and rng.random() < 0.5:
+        old = rng.choice(list(block))
+        at = rng.randrange(len(old))
+        key = old[:at] + rng.choice("qzj".replace(old[at], "")) + old[at + 1 :]
+        block[key] = block.pop(old) if old not in ("mode", "type") else block[old]
+    else:
+        letters = string.ascii_lowercase + " .\u00e9"
+        key = "q" + "".join(rng.choice(letters) for _ in range(rng.randrange(1, 9)))
+        block[key] = rng.choice([None, True, 0, "x", [], {}, {"a": 1}])
+    return json.dumps(changed), [*path, key]
+
+
+def _named_blocks(value: Any, path: list[str | int]) -> Iterator[tuple[list[str | int], dict[str, Any]]]:
+    """Yield every object in a value with its path."""
+    if isinstance(value, dict):
+        yield path, value
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from _named_blocks(inner, [*path, key])
+
+
+def flipped(
+    content: bytes, rng: random.Random, *, num_flips: int = 1, first: int = 0, last: int = 0
+) -> bytes:
     """Return ``content`` with bits flipped, those between ``first`` and ``last``; 0 is its end."""
     changed = bytearray(content)
     for _ in range(num_flips):
@@ -121,7 +151,9 @@ def _misspell(document: dict[str, Any], rng: random.Random) -> None:
     if block:
         old = rng.choice(list(block))
         at = rng.randrange(len(old) + 1)
-        new = rng.choice((old[:at] + rng.choice("qzj\u00e9 .") + old[at + 1 :], old.upper(), f" {old}", old[:at]))
+        new = rng.choice(
+            (old[:at] + rng.choice("qzj\u00e9 .") + old[at + 1 :], old.upper(), f" {old}", old[:at])
+        )
         block[new] = block.pop(old)
 
 
@@ -134,7 +166,9 @@ def _double(document: dict[str, Any], rng: random.Random) -> None:
 
 
 def _add(document: dict[str, Any], rng: random.Random) -> None:
-    key = rng.choice(("", "x", "\u2603", "a.b", "a" * 1000, "\n", "auto", "mode", "type", "params", "stage", "\ud800"))
+    key = rng.choice(
+        ("", "x", "\u2603", "a.b", "a" * 1000, "\n", "auto", "mode", "type", "params", "stage", "\ud800")
+    )
     rng.choice(_blocks(document))[key] = copy.deepcopy(rng.choice(JUNK))
 
 
@@ -144,11 +178,20 @@ def _retype(document: dict[str, Any], rng: random.Random) -> None:
         return
     block, key = rng.choice(places)
     value = block[key]
-    changes: tuple[Callable[[Any], Any], ...] = (str, lambda it: [it], lambda it: {"value": it}, lambda it: [it] * 3)
+    changes: tuple[Callable[[Any], Any], ...] = (
+        str,
+        lambda it: [it],
+        lambda it: {"value": it},
+        lambda it: [it] * 3,
+    )
     if isinstance(value, int | float):
         changes += (float, lambda it: -it, lambda it: it * 2**40, lambda it: it + 1, lambda it: it / 3, bool)
     if isinstance(value, dict):
-        changes += (lambda it: list(it), lambda it: list(it.values()), lambda it: [[k, v] for k, v in it.items()])
+        changes += (
+            lambda it: list(it),
+            lambda it: list(it.values()),
+            lambda it: [[k, v] for k, v in it.items()],
+        )
     block[key] = rng.choice(changes)(value)
 
 
