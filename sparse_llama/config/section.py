@@ -120,6 +120,15 @@ def show(value: object) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError):
         text = ascii(value)
+    return _cut(text)
+
+
+def quote(name: str) -> str:
+    """Return a name that was looked for as messages repeat it: in quotes, ASCII, short."""
+    return _cut(ascii(name))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 

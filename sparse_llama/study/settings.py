@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sparse_llama.config.document import read_document
-from sparse_llama.config.section import FrozenList, Section, show, suggest
+from sparse_llama.config.section import FrozenList, Section, quote, suggest
 from sparse_llama.errors import ConfigError
 
 Names = Annotated[tuple[str, ...], FrozenList]
@@ -114,11 +114,11 @@ class StudySettings(Section):
                 raise ValueError(f"{name}: {list(values)} names one twice; keep one of them")
         for length in self.changes_at:
             if length not in map(str, self.lengths):
-                raise ValueError(f"changes_at: {show(length)} is none of the lengths, {list(self.lengths)}")
+                raise ValueError(f"changes_at: {quote(length)} is none of the lengths, {list(self.lengths)}")
         for name in (self.reference, *(variant.reference for variant in self.variants.values())):
             if name is not None and name not in self.variants:
                 hint = suggest(name, self.variants)
-                raise ValueError(f"reference: no variant is called {show(name)}{hint}")
+                raise ValueError(f"reference: no variant is called {quote(name)}{hint}")
         for name in self.variants:
             is_plain = all(letter.isalnum() or letter in "-_.+" for letter in name) and name[:1] not in (
                 "",
@@ -126,7 +126,7 @@ class StudySettings(Section):
             )
             if not is_plain or len(name.encode()) > MOST_BYTES:
                 raise ValueError(
-                    f"variants: {show(name)} cannot be a folder's name; use at most {MOST_BYTES} bytes of "
+                    f"variants: {quote(name)} cannot be a folder's name; use at most {MOST_BYTES} bytes of "
                     "letters, digits, - and _"
                 )
         if EQUAL_TIME in self.compare and EQUAL_STEPS not in self.compare:
