@@ -20,6 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
+from fault_table import show_faults
 from rank_processes import process_environment
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,6 +49,12 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Put it back, or Triton would report its own objects as leaked."""
     gc.unfreeze()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what became of the faults that tests injected; here, since a session of several processes loads no
+    other conftest in the one that prints."""
+    show_faults(terminalreporter)
 
 
 @pytest.fixture(scope="session", autouse=True)

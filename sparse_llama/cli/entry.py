@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from sparse_llama.errors import OutOfMemoryError, RankLostError, SparseLlamaError, StoppedError
 
 MAIN_SPEAKS_WITHIN_S = 10
+MOST_CHARACTERS = 1000
+"""Of a mistake's line."""
 
 
 def main(
@@ -65,10 +67,17 @@ def _tell_error(error: SparseLlamaError) -> None:
 def tell(message: str, *, is_one_line: bool = True, kind: str = "error", waits: bool = True) -> None:
     """Print a mistake on standard error, as one line unless told otherwise; other ranks leave the word to the
     main one first, unless this one does not wait."""
-    line = f"{kind}: " + (" ".join(message.split()) if is_one_line else message)
+    line = f"{kind}: " + (_in_one_line(message) if is_one_line else message)
     if not is_main() and waits:
         # The launcher ends the job when the first rank ends: the main one, which says the same, must be it.
         # Still here after that, this rank is the only one with the mistake.
         time.sleep(MAIN_SPEAKS_WITHIN_S)
         line += f" (rank {os.environ.get('RANK')})"
     print(line, file=sys.stderr, flush=True)
+
+
+def _in_one_line(message: str) -> str:
+    """Return ``message`` without line breaks, what a terminal would obey, and the middle of what is too long:
+    names of a thousand characters are repeated from flags and files."""
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in " ".join(message.split()))
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS // 2]} ... {line[-300:]}"

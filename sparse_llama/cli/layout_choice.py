@@ -13,6 +13,7 @@ from sparse_llama.config.combinations import check_lengths
 from sparse_llama.config.deepspeed import check_document
 from sparse_llama.config.document import parse_document, read_document
 from sparse_llama.config.layers import LayerSparsities, layer_sparsities
+from sparse_llama.config.paths import expand, is_folder
 from sparse_llama.config.run import EMBEDDED
 from sparse_llama.config.settings import ModelSettings
 from sparse_llama.config.sparsity import MODES, Sparsity
@@ -171,9 +172,9 @@ def _documents(text: str | None, num_tokens: int, align: int) -> tuple[tuple[int
 def _model_config(model: ModelSettings) -> dict[str, int]:
     """Return the sizes in the model's ``config.json`` if it is on this machine; a picture is no reason to
     download it."""
-    folder = resolve_bundled(model.path) or Path(model.path).expanduser()
+    folder = resolve_bundled(model.path) or expand(model.path)
     file = folder / "config.json"
-    if not folder.is_dir():
+    if not is_folder(folder):
         from huggingface_hub import try_to_load_from_cache  # 0.3 s, for models named by a hub id only
         from huggingface_hub.errors import HFValidationError
 

@@ -10,6 +10,8 @@ from sparse_llama.config.section import join_path
 from sparse_llama.errors import ConfigError
 
 MAX_DEPTH = 64
+MAX_BYTES = 2**24
+"""Of a document; a file of more is another one, such as a model's weights, and not worth reading."""
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -29,7 +31,11 @@ def read_document(path: Path) -> dict[str, Any]:
             that is not finite; without the file's name, except where the file itself is the mistake.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: more than {MAX_BYTES:,} bytes; name a JSON file")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparse_llama.config.paths import exists
 from sparse_llama.config.settings import check_dataset, check_model
 from sparse_llama.errors import ConfigError
 
@@ -81,7 +82,7 @@ def check_flags(flags: Overrides) -> None:
         value = getattr(flags, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"--{name}: must be one of {', '.join(map(str, allowed))}, got {value}")
-    if flags.adapter not in (None, *VERSIONS) and not Path(flags.adapter).exists():
+    if flags.adapter not in (None, *VERSIONS) and not exists(Path(flags.adapter)):
         raise ConfigError(
             f"--adapter: must be {', '.join(VERSIONS)} or the path of an adapter to train on from, got "
             f"{flags.adapter}"

@@ -12,7 +12,7 @@ options that each type reads its own keys of (``configure_sparse_attention`` in 
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_llama.config.section import show, suggest
+from sparse_llama.config.section import join_path, show, suggest
 from sparse_llama.errors import ConfigError
 
 DENSE_TYPES = ("global", "flash")
@@ -58,7 +58,8 @@ def neox_types(block: Mapping[str, Any]) -> tuple[list[str], int | None]:
     for key in block:
         if key not in KEYS:
             raise ConfigError(
-                f"sparse_attention.{key}: does not go with {' and '.join(KEYS)}{suggest(key, KEYS)}"
+                f"{join_path('sparse_attention', key)}: does not go with {' and '.join(KEYS)}"
+                f"{suggest(key, KEYS)}"
             )
     config = block.get("attention_config")
     example = 'such as [[["global", "sparse_fixed"], 16]]'
@@ -110,7 +111,7 @@ def check_options(options: object) -> Mapping[str, Any]:
     known = {name for _, names in _OPTIONS.values() for name in names} | set(_UNREAD)
     for key in options:
         if key not in known:
-            raise ConfigError(f"{path}.{key}: unknown key{suggest(str(key), sorted(known))}")
+            raise ConfigError(f"{join_path(path, key)}: unknown key{suggest(str(key), sorted(known))}")
     return options
 
 

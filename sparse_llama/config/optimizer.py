@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from sparse_llama.config.section import FrozenList, Section, only, suggest
+from sparse_llama.config.section import FrozenList, Section, only, quote, suggest
 from sparse_llama.errors import ConfigError
 
 DEFAULT_LR = 1e-3
@@ -97,7 +97,7 @@ def parse_optimizer(block: object) -> dict[str, Any]:
         hint = suggest(optimizer.type, OPTIMIZERS)
         raise ConfigError(
             "optimizer.type: no optimizer here is called "
-            f"{optimizer.type!a}{hint if 'did you mean' in hint else allowed}"
+            f"{quote(optimizer.type)}{hint if 'did you mean' in hint else allowed}"
         )
     name = names[optimizer.type.lower()]
     params = OPTIMIZERS[name].parse(optimizer.params, "optimizer.params")

@@ -22,6 +22,7 @@ from sparse_llama.config.flags import Overrides, apply_flags, check_flags
 from sparse_llama.config.layers import LayerSparsities, LayoutOfLayers, layer_sparsities
 from sparse_llama.config.notices import drop_inert, find_notices
 from sparse_llama.config.optimizer import default_optimizer, parse_optimizer
+from sparse_llama.config.paths import is_folder
 from sparse_llama.config.schedule import Schedule, make_schedule
 from sparse_llama.config.settings import Settings
 from sparse_llama.errors import ConfigError
@@ -161,8 +162,7 @@ def check_output_dir(run: Run, *, is_main: bool) -> None:
     """
     if not is_main:
         return
-    if run.output_dir.exists() and not run.output_dir.is_dir():
-        raise ConfigError(f"--output_dir {run.output_dir}: a file; name a folder")
+    _check_place(run.output_dir)
     if run.resume is None and not run.overwrite and (run.output_dir / "run.json").exists():
         raise ConfigError(
             f"{run.output_dir}: holds another run; continue it with --resume, replace it with --overwrite, "
@@ -174,10 +174,24 @@ def check_output_dir(run: Run, *, is_main: bool) -> None:
             f"--resume: {checkpoints} does not exist; leave --resume out, or name the run's folder with "
             "--output_dir"
         )
-    if isinstance(run.resume, Path) and not run.resume.is_dir():
+    if isinstance(run.resume, Path) and not is_folder(run.resume):
         raise ConfigError(
             f"--resume {run.resume}: no such folder; name that of a checkpoint, or use --resume alone"
         )
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse an output folder that is a file, or that no folder can be: a name too long, or below a file."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return  # made when the run starts
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {folder}: cannot be a folder ({error.strerror}); name another"
+        ) from None
+    if not folder.is_dir():
+        raise ConfigError(f"--output_dir {folder}: a file; name a folder")
 
 
 def _resolve(

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sparse_llama.config.section import Section, either, suggest
+from sparse_llama.config.section import Section, either, quote, suggest
 from sparse_llama.errors import ConfigError
 
 AUTO = "auto"
@@ -173,7 +173,8 @@ def parse_scheduler(block: object) -> tuple[str, Section]:
     scheduler = Scheduler.parse(block, "scheduler")
     if scheduler.type not in SCHEDULERS:
         raise ConfigError(
-            f"scheduler.type: no scheduler is called {scheduler.type!a}{suggest(scheduler.type, SCHEDULERS)}"
+            f"scheduler.type: no scheduler is called {quote(scheduler.type)}"
+            f"{suggest(scheduler.type, SCHEDULERS)}"
         )
     return scheduler.type, SCHEDULERS[scheduler.type].parse(scheduler.params, "scheduler.params")
 

@@ -120,18 +120,29 @@ def show(value: object) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError):
         text = ascii(value)
+    return _cut(text)
+
+
+def quote(name: str) -> str:
+    """Return a name that was looked for as messages repeat it: in quotes, ASCII, short."""
+    return _cut(ascii(name))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
 def join_path(path: str, *parts: str | int) -> str:
-    """Return the dotted path of a key; keys that are no plain word are quoted, list positions in brackets."""
+    """Return the dotted path of a key; keys that are no plain word are quoted, list positions in brackets,
+    and the middle of what is too long for a line is left out."""
     for part in parts:
         if isinstance(part, int):
             path += f"[{part}]"
         else:
-            name = part if part.isidentifier() and part.isascii() else show(part)
+            is_word = part.isidentifier() and part.isascii() and len(part) <= _MAX_SHOWN
+            name = part if is_word else show(part)
             path = f"{path}.{name}" if path else name
-    return path
+    return path if len(path) <= 4 * _MAX_SHOWN else f"{path[: 2 * _MAX_SHOWN]}...{path[-_MAX_SHOWN:]}"
 
 
 COMMENT_HINT = '; leave it out, or start it with "_" to make it a comment'

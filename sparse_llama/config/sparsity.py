@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sparse_llama.config.section import FrozenList, Section, suggest
+from sparse_llama.config.section import FrozenList, Section, quote, suggest
 from sparse_llama.errors import ConfigError
 
 Attention = Literal["bidirectional", "unidirectional"]
@@ -227,7 +227,7 @@ def parse_sparsity(block: Mapping[str, Any]) -> Sparsity:
     mode = block.get("mode", "fixed")
     if not isinstance(mode, str) or mode not in MODES:
         hint = suggest(mode, MODES) if isinstance(mode, str) else f"; allowed: {', '.join(MODES)}"
-        raise ConfigError(f"sparse_attention.mode: no mode is called {mode!a}{hint}")
+        raise ConfigError(f"sparse_attention.mode: no mode is called {quote(mode)}{hint}")
     cls, unread = MODES[mode], unread_keys(block)
     for key in sorted(set(map(str, block)) - set(cls.model_fields) - set(unread)):
         homes = [name for name, other in MODES.items() if key in other.model_fields]

@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparse_llama.config.paths import expand
 from sparse_llama.config.settings import DataSettings, Settings
 from sparse_llama.data import chat, encode, packing, rows
 from sparse_llama.data.ledger import Tally
@@ -115,9 +116,9 @@ def open_cache(data: DataSettings, console: Console) -> RowCache | None:
         return None
     named = data.cache_dir or os.environ.get(ENVIRONMENT)
     if named:
-        return RowCache(Path(named).expanduser() / "rows", console)
+        return RowCache(expand(named) / "rows", console)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return RowCache(Path(base).expanduser() / "sparse-llama" / "rows", console)
+    return RowCache(expand(base) / "sparse-llama" / "rows", console)
 
 
 def rows_key(examples: Iterable[Example], tokenizer: Tokenizer, settings: Settings, align: int) -> str:

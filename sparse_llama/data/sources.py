@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llama.config.bundled import resolve_bundled
+from sparse_llama.config.paths import expand, is_file, is_folder
 from sparse_llama.config.section import show
 from sparse_llama.data.files import READERS, Found, parse_found, read_file
 from sparse_llama.errors import DataError
@@ -48,11 +49,11 @@ def open_source(
     Raises:
         DataError: there is no such data set or split, or no way to read it.
     """
-    path = resolve_bundled(name) or Path(name).expanduser()
+    path = resolve_bundled(name) or expand(name)
     asked = (training_split, validation_split)
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(name, path, asked)
-    if path.is_file():
+    if is_file(path):
         _choose(name, [path.stem], training_split, is_training=True)
         _choose(name, [], validation_split, is_training=False)  # all of it trains, or is split by number
         return Source(read_file(path), name)

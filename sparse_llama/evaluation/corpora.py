@@ -8,9 +8,9 @@ which is one file of code on the hub, is read from the parquet file that the hub
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from sparse_llama.config.paths import exists, expand
 from sparse_llama.config.section import suggest
 from sparse_llama.config.settings import DataSettings
 from sparse_llama.data.files import take_examples
@@ -100,7 +100,7 @@ def read_corpus(name: str, tokenizer: Tokenizer | None = None) -> Corpus:
     """
     if name in HUB_TEXTS:
         return _from_hub(name, HUB_TEXTS[name])
-    if not Path(name).expanduser().exists() and not any(mark in name for mark in "/:."):
+    if not exists(expand(name)) and not any(mark in name for mark in "/:."):
         raise DataError(f"--data: no file and no corpus is called {name!r}{suggest(name, HUB_TEXTS)}")
     source = open_source(name)
     part = "all records" if source.validation is None else "its validation records"

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparse_llama.config.bundled import resolve_bundled
+from sparse_llama.config.paths import expand, is_folder
 from sparse_llama.errors import ModelError
 
 _SAFETENSORS, _BIN = "safetensors", "bin"
@@ -45,8 +46,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
                 f"sparse_llama.model.path: no bundled model {model!r}; there is bundled:tiny-llama"
             )
         return bundled
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = expand(model)
+    if is_folder(folder):
         return folder
     if not _is_hub_id(model):
         raise ModelError(
@@ -81,7 +82,7 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _is_hub_id(model: str) -> bool:
-    if model.startswith((".", "bundled:")) or Path(model).expanduser().is_dir():
+    if model.startswith((".", "bundled:")) or is_folder(expand(model)):
         return False
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) is not None
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from sparse_llama.config.paths import exists, expand
 from sparse_llama.config.run import Run
 from sparse_llama.distributed.ranks import device
 from sparse_llama.training.host_memory import private_bytes, private_limit_bytes, resident_bytes
@@ -108,6 +109,6 @@ def _left_in_cgroups() -> Iterator[int]:
 def _free_disk_bytes(folder: str | None) -> int | None:
     if folder is None:
         return None
-    path = Path(folder).expanduser().absolute()
-    existing = next((one for one in (path, *path.parents) if one.exists()), None)
+    path = expand(folder).absolute()
+    existing = next((one for one in (path, *path.parents) if exists(one)), None)
     return None if existing is None else shutil.disk_usage(existing).free

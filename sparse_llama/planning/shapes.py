@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from sparse_llama.config.paths import expand, is_folder
 from sparse_llama.config.settings import ModelSettings
 from sparse_llama.errors import ModelError
 from sparse_llama.model.files import resolve_model
@@ -36,7 +37,7 @@ def find_base(model: ModelSettings) -> Base:
         ModelError: there is no such folder, the configuration is not a LLaMA's, or it cannot be had.
     """
     name = model.path
-    if name.startswith("bundled:") or Path(name).expanduser().is_dir():
+    if name.startswith("bundled:") or is_folder(expand(name)):
         return Base(read_config(resolve_model(name)))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         return Base(read_config(resolve_model(name)))  # which says what is wrong with the name

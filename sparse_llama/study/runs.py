@@ -116,10 +116,15 @@ class Study:
         return EMBEDDED if named is None else self.documents / named
 
     def _content(self, run: StudyRun, steps: int | None) -> dict[str, Any]:
-        content = read_document(self._source(run))
+        try:
+            content = read_document(self._source(run))
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: ds_config of {run.variant}: {error}") from None
         merge(content, self.settings.changes)
         merge(content, self.settings.variants[run.variant].changes)
         merge(content, self.settings.changes_at.get(str(run.seq_length), {}))
+        if not isinstance(content.get("sparse_llama", {}), dict):
+            return content  # refused when it is checked; a length put in its place would hide it
         merge(content, {"sparse_llama": {"seq_length": run.seq_length, "seed": run.seed}})
         if steps is not None:
             merge(content, {"sparse_llama": {"training": {"steps": steps, "epochs": None}}})

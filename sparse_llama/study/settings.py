@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sparse_llama.config.document import read_document
-from sparse_llama.config.section import FrozenList, Section, suggest
+from sparse_llama.config.section import FrozenList, Section, quote, suggest
 from sparse_llama.errors import ConfigError
 
 Names = Annotated[tuple[str, ...], FrozenList]
@@ -18,6 +18,8 @@ Lengths = Annotated[tuple[Annotated[int, Field(ge=2)], ...], FrozenList]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], FrozenList]
 Changes = dict[str, Any]
 """A part of a run's document; null takes a key out."""
+MOST_BYTES = 80
+"""Of a variant's name, which folders and files are named by."""
 
 EQUAL_STEPS: Literal["equal_steps"] = "equal_steps"
 EQUAL_TIME: Literal["equal_time"] = "equal_time"
@@ -112,15 +114,20 @@ class StudySettings(Section):
                 raise ValueError(f"{name}: {list(values)} names one twice; keep one of them")
         for length in self.changes_at:
             if length not in map(str, self.lengths):
-                raise ValueError(f"changes_at: {length!r} is none of the lengths, {list(self.lengths)}")
+                raise ValueError(f"changes_at: {quote(length)} is none of the lengths, {list(self.lengths)}")
         for name in (self.reference, *(variant.reference for variant in self.variants.values())):
             if name is not None and name not in self.variants:
                 hint = suggest(name, self.variants)
-                raise ValueError(f"reference: no variant is called {name!r}{hint}")
+                raise ValueError(f"reference: no variant is called {quote(name)}{hint}")
         for name in self.variants:
-            if not name or not all(letter.isalnum() or letter in "-_.+" for letter in name) or name[0] == ".":
+            is_plain = all(letter.isalnum() or letter in "-_.+" for letter in name) and name[:1] not in (
+                "",
+                ".",
+            )
+            if not is_plain or len(name.encode()) > MOST_BYTES:
                 raise ValueError(
-                    f"variants: {name!r} cannot be a folder's name; use letters, digits, - and _"
+                    f"variants: {quote(name)} cannot be a folder's name; use at most {MOST_BYTES} bytes of "
+                    "letters, digits, - and _"
                 )
         if EQUAL_TIME in self.compare and EQUAL_STEPS not in self.compare:
             raise ValueError("compare: equal_time is as long as the runs of equal_steps take; add that, too")
