@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 from fault_table import FaultsRecord
+from faults.nursery import Nursery
+from rank_processes import process_environment
+from training.conftest import workplace  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -13,3 +16,11 @@ def faults_record(request: pytest.FixtureRequest) -> Iterator[FaultsRecord]:
     record = FaultsRecord(request.node)
     yield record
     assert not record.lost, f"faults lost, by kind: {record.lost}"
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """The process that starts training jobs."""
+    made = Nursery(process_environment())
+    yield made
+    made.close()

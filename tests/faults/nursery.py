@@ -102,7 +102,9 @@ def _arm(start: Start) -> None:
 def _wrap(fault: tuple[Any, ...], saves: list[int]) -> None:
     path, first, *last = fault
     place, _, name = path.rpartition(".")
-    owner: Any = sys.modules.get(place) or getattr(sys.modules[place.rpartition(".")[0]], place.rpartition(".")[2])
+    owner: Any = sys.modules.get(place) or getattr(
+        sys.modules[place.rpartition(".")[0]], place.rpartition(".")[2]
+    )
     original, calls = getattr(owner, name), [0]
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
