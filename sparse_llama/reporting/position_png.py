@@ -35,9 +35,7 @@ def save_by_position(curves: Sequence[PositionCurve], title: str, file: Path) ->
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for curve in curves:
-        edges = [edge for first, last in curve.ranges for edge in (first - 1, last)]
-        values = [value for value in curve.perplexities for _ in range(2)]
-        axes.plot(edges, values, label=textwrap.fill(curve.label, 60))
+        axes.plot(*_steps(curve), label=textwrap.fill(curve.label, 60))
     axes.set_xlabel("tokens before it in the window", fontsize=9)
     axes.set_ylabel("perplexity", fontsize=9)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -54,3 +52,15 @@ def save_by_position(curves: Sequence[PositionCurve], title: str, file: Path) ->
         figure.savefig(file, format="png")
     except OSError as error:
         raise ConfigError(f"--png {file}: cannot be written ({error.strerror}); name a file") from error
+
+
+def _steps(curve: PositionCurve) -> tuple[list[float], list[float]]:
+    """Return the points of the line, which is broken where no token stands between two ranges."""
+    edges, values = list[float](), list[float]()
+    for (first, last), value in zip(curve.ranges, curve.perplexities, strict=True):
+        if edges and edges[-1] != first - 1:
+            edges.append(math.nan)
+            values.append(math.nan)
+        edges += [first - 1, last]
+        values += [value, value]
+    return edges, values

@@ -1,6 +1,6 @@
 """The pictures of a study's report, drawn from what its runs have left."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 from typing import Any
 
@@ -37,21 +37,47 @@ def loss_pictures(results: Results) -> list[Picture]:
 
 
 def position_pictures(results: Results, seq_length: int) -> list[Picture]:
-    """Draw the perplexity by position of every text, of base and variants; the mean of all seeds."""
+    """Draw the perplexity by position of the held-out responses and of every text, of base and variants; the
+    mean of all seeds."""
+    settings = results.study.settings
+    texts = settings.evaluation.texts
     pictures = []
-    for number, text in enumerate(results.study.settings.evaluation.texts):
-        curves = []
-        for name, found in _by_model(results, seq_length):
-            ranges = [one["texts"][text]["by_position"] for one in found if "error" not in one["texts"][text]]
-            if ranges:
-                places = [(part["first"], part["last"]) for part in ranges[0]]
-                values = [mean(part["perplexity"] for part in parts) for parts in zip(*ranges, strict=True)]
-                curves.append(PositionCurve(name, places, values))
-        if curves:
-            file = results.study.output_dir / f"positions_{seq_length}_{number}.png"
-            save_by_position(curves, f"{text}, windows of {seq_length:,} tokens", file)
-            pictures.append(Picture(file, f"Perplexity by position in the window, {text}."))
+    if settings.evaluation.records:
+        curves = _position_curves(results, seq_length, lambda measured: measured["records"])
+        words = "Perplexity of the responses to held-out records, by position in the record."
+        pictures += _draw_positions(results, curves, f"positions_{seq_length}_records.png", words)
+    for number, text in enumerate(texts):
+        curves = _position_curves(results, seq_length, lambda measured, text=text: measured["texts"][text])
+        words = f"Perplexity by position in the window, {text}."
+        pictures += _draw_positions(results, curves, f"positions_{seq_length}_{number}.png", words)
     return pictures
+
+
+def _draw_positions(
+    results: Results, curves: list[PositionCurve], name: str, words: str
+) -> Iterator[Picture]:
+    others = [value for curve in curves if curve.label != BASE for value in curve.perplexities]
+    base = [value for curve in curves if curve.label == BASE for value in curve.perplexities]
+    if base and others and min(base) > max(others):  # nothing else could be told apart beside it
+        curves = [curve for curve in curves if curve.label != BASE]
+        words += f" The base's is {min(base):,.1f} to {max(base):,.1f}, and not drawn."
+    if curves:
+        file = results.study.output_dir / name
+        save_by_position(curves, words.partition(".")[0], file)
+        yield Picture(file, words)
+
+
+def _position_curves(
+    results: Results, seq_length: int, part_of: Callable[[Measured], Measured]
+) -> list[PositionCurve]:
+    curves = []
+    for name, found in _by_model(results, seq_length):
+        ranges = [part["by_position"] for one in found if "error" not in (part := part_of(one))]
+        if ranges:
+            places = [(part["first"], part["last"]) for part in ranges[0]]
+            values = [mean(part["perplexity"] for part in parts) for parts in zip(*ranges, strict=True)]
+            curves.append(PositionCurve(name, places, values))
+    return curves
 
 
 def retrieval_pictures(results: Results, seq_length: int) -> list[Picture]:

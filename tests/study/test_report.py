@@ -206,6 +206,7 @@ def test_the_html_needs_nothing_else_and_every_link_leads_somewhere(study: Study
     pictures = [file for file in files if file.suffix == ".png"]
     assert [file.name for file in pictures] == [
         "losses.png",
+        "positions_128_records.png",
         "positions_128_0.png",
         "positions_128_1.png",
         "retrieval_exact_128.png",
