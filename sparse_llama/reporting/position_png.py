@@ -43,7 +43,7 @@ def save_by_position(curves: Sequence[PositionCurve], title: str, file: Path) ->
     axes.set_xlim(left=0)
     shown = [value for curve in curves for value in curve.perplexities if math.isfinite(value)]
     highest = max(shown, default=1.0)
-    axes.set_ylim(0, 1.1 * highest)
+    axes.set_ylim(1, 1 + 1.1 * max(highest - 1, 0.01))  # a model that is certain, and right, has 1
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)

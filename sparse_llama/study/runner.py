@@ -16,7 +16,7 @@ from typing import Any, Literal
 from sparse_llama.distributed.ranks import environment_without_job
 from sparse_llama.planning.probe import launcher_command
 from sparse_llama.study.runs import Study, StudyRun
-from sparse_llama.training.checkpoint import list_checkpoints
+from sparse_llama.training.checkpoint import newest_intact
 from sparse_llama.training.metrics import write_json
 
 DONE, OUT_OF_MEMORY, REFUSED, CRASHED = "done", "out of memory", "refused", "crashed"
@@ -69,7 +69,7 @@ def train(study: Study, run: StudyRun, scripts: Path, watch: Watch, *, steps: in
     words = [str(scripts / "train.py"), "--ds_config", str(document), "--output_dir", str(folder)]
     goes_on: list[str] = []
     if (folder / "run.json").is_file():
-        goes_on = ["--resume"] if list_checkpoints(folder / "checkpoints") else ["--overwrite"]
+        goes_on = ["--resume"] if newest_intact(folder / "checkpoints") else ["--overwrite"]
     status = _run_job(study.num_ranks, [*words, *goes_on], folder / "train.log", watch)
     outcome = Outcome(
         _STATUS.get(status, CRASHED),

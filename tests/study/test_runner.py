@@ -92,7 +92,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint_or_begins_anew(tmp_p
     train(study, RUN, scripts, lambda: None)
     checkpoint = study.folder_of(RUN) / "checkpoints" / "step_000002"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text("{}", encoding="utf-8")
+    (checkpoint / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
     train(study, RUN, scripts, lambda: None)
     document, folder = str(study.document_of(RUN)), str(study.folder_of(RUN))
     words = ["--ds_config", document, "--output_dir", folder]

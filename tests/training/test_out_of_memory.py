@@ -18,7 +18,7 @@ from torch import nn
 from sparse_llama.config.deepspeed import ActivationCheckpointing
 from sparse_llama.data.batches import Batch
 from sparse_llama.memory.checkpointing import checkpoint_layers
-from sparse_llama.training import loop
+from sparse_llama.training import loop, saves
 from sparse_llama.training.held import held_bytes, live_bytes
 from sparse_llama.training.moment import Moment
 from sparse_llama.training.out_of_memory import (
@@ -270,7 +270,7 @@ def test_a_checkpoint_that_does_not_fit_is_written_once_there_is_room(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", FailsAt(loop.save_checkpoint, 1))
+        patch.setattr(saves, "save_checkpoint", FailsAt(saves.save_checkpoint, 1))
         with pytest.raises(RunOutOfMemoryError) as found:
             train("broken", sparse_llama={"training": {"samples": 0, "save_every": 2}})
     shortage = found.value.shortage
