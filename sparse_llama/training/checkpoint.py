@@ -49,9 +49,16 @@ class Position:
     labelled_tokens: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
-    before: dict[str, Any] | None = (
-        None  # validation before training, so that a resumed run can still compare
-    )
+    before: dict[str, Any] | None = None
+    """The validation before training, so that a resumed run can still compare."""
+
+    def advance(self, loss_sum: float, labelled_tokens: int, tokens: int, elapsed_s: float) -> None:
+        """Take account of one more step, ``elapsed_s`` after the first began."""
+        self.step += 1
+        self.loss_sum += loss_sum
+        self.labelled_tokens += labelled_tokens
+        self.tokens += tokens
+        self.elapsed_s = elapsed_s
 
 
 def checkpoint_name(step: int) -> str:

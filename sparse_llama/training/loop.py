@@ -5,14 +5,13 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from sparse_llama.config.run import Run
 from sparse_llama.distributed import ranks
 from sparse_llama.distributed.agreement import check_agreement
-from sparse_llama.errors import RankLostError, StoppedError
 from sparse_llama.model.checks import check_first_loss
 from sparse_llama.reporting.tables import plain_console
 from sparse_llama.training import report
@@ -29,7 +28,7 @@ from sparse_llama.training.metrics import (
     peak_memory_bytes,
     write_json,
 )
-from sparse_llama.training.moment import UPDATE, VALIDATION, Moment
+from sparse_llama.training.moment import FINISHING, UPDATE, VALIDATION, Moment
 from sparse_llama.training.out_of_memory import (
     RunOutOfMemoryError,
     Shortage,
@@ -43,7 +42,7 @@ from sparse_llama.training.resuming import find_start, resume
 from sparse_llama.training.retries import forget_retries, read_retries
 from sparse_llama.training.saves import VALIDATIONS, Saves
 from sparse_llama.training.session import Session, prepare
-from sparse_llama.training.stopping import Interrupted, Stopping, words_of_lost_rank
+from sparse_llama.training.stopping import Interrupted, Stopping, lost_rank, words_of_lost_rank
 from sparse_llama.training.validation import Validation, validate
 
 
@@ -64,9 +63,15 @@ def fit(run: Run, *, num_retries: int = 0) -> None:
     """
     started_s = time.monotonic()
     ranks.initialize()
-    check_agreement(lambda: agreed_configuration(run))
-    with sole_user(run.output_dir):
-        shortage = _fit(run, num_retries, started_s)
+    try:
+        check_agreement(lambda: agreed_configuration(run))
+        with sole_user(run.output_dir):
+            shortage = _fit(run, num_retries, started_s)
+    except RuntimeError as error:
+        if (words := words_of_lost_rank(error)) is None:
+            raise
+        checkpoints = list_checkpoints(run.output_dir / "checkpoints")
+        raise lost_rank(words, checkpoints[-1] if checkpoints else None) from error
     if shortage is not None:
         gc.collect()  # the engine is part of cycles, and whoever catches this may need its memory
         raise RunOutOfMemoryError(shortage)
@@ -88,11 +93,9 @@ def _fit(run: Run, num_retries: int, started_s: float) -> Shortage | None:
             try:
                 _run(session, position, saves, stopping, console, moment)
             except Interrupted:
-                _stop(saves, position, stopping.received)
+                saves.stop(position, stopping.received)
         return None
     except Exception as error:
-        if (words := words_of_lost_rank(error)) is not None:
-            raise RankLostError(_lost(run, words)) from error
         if not is_out_of_memory(error):
             raise
         shortage = describe(
@@ -119,7 +122,7 @@ def _rescue(saves: Saves, position: Position, moment: Moment) -> bool:
     Masters and moments change in the optimizer's update only: wherever else memory ran out they are those of
     the last finished step. Other ranks wait in the middle of that step, and cannot save.
     """
-    is_intact = moment.phase != UPDATE or moment.step == position.step
+    is_intact = (moment.phase != UPDATE or moment.step == position.step) and not saves.is_withheld
     if not is_intact or position.step == 0 or ranks.world_size() > 1 or saves.has(position):
         return False
     try:
@@ -171,7 +174,7 @@ def _train(
     with TrainingProgress(console, position.step, session.total_steps) as progress:
         for step in range(position.step + 1, session.total_steps + 1):
             if (reason := stopping.reason()) is not None:
-                _stop(saves, position, reason)
+                saves.stop(position, reason)
             clock.start()
             started_s = time.perf_counter()
             lr = engine.get_lr()[0]
@@ -182,11 +185,7 @@ def _train(
             duration_s = time.perf_counter() - started_s
             clock.stop()
 
-            position.step = step
-            position.loss_sum += loss_sum
-            position.labelled_tokens += labelled
-            position.tokens += tokens
-            position.elapsed_s = clock.elapsed_s
+            position.advance(loss_sum, labelled, tokens, clock.elapsed_s)
             peaks = peak_memory_bytes()
             metrics = StepMetrics(
                 step=step,
@@ -206,7 +205,8 @@ def _train(
             progress.update(metrics)
 
             divergence.look(step, metrics.loss, engine.get_global_grad_norm(), moment)
-            if divergence.onset is not None:  # nothing worth saving or validating
+            saves.is_withheld = divergence.onset is not None
+            if saves.is_withheld:  # there is nothing worth saving, or validating
                 divergence.check_patience(saves.newest(), is_last=step == session.total_steps)
                 continue
             if _is_due(step, training.eval_every) and step < session.total_steps:
@@ -224,33 +224,6 @@ def _train(
         files.add(session.total_steps, asdict(final))
     saves.prune()
     return final
-
-
-def _stop(saves: Saves, position: Position, reason: str) -> NoReturn:
-    """End a run before its end, with every finished step saved.
-
-    Raises:
-        StoppedError: always.
-    """
-    if position.step == 0:
-        raise StoppedError(f"{reason}: before the first step, there is nothing to save")
-    checkpoint = saves.now(position)
-    raise StoppedError(
-        f"{reason}: after step {position.step}, {checkpoint} is saved; the same command with --resume goes on"
-    )
-
-
-def _lost(run: Run, words: str) -> str:
-    newest = next(reversed(list_checkpoints(run.output_dir / "checkpoints")), None)
-    then = (
-        f"the newest checkpoint is {newest}, --resume goes on from it"
-        if newest
-        else "no checkpoint is there yet"
-    )
-    return (
-        f'another rank has ended ("{words}"): its own message is above, or the system ended it, for want of '
-        f"host memory for one; {then}"
-    )
 
 
 class _Files:
@@ -295,6 +268,7 @@ def _record(session: Session) -> None:
 def _finish(session: Session, position: Position, saves: Saves, final: Validation, console: Console) -> None:
     """Publish the adapter and the summary, then show both."""
     run, last = session.run, saves.now(position)
+    saves.moment.enter(FINISHING)
     with writing(run.output_dir):
         if ranks.is_main():
             publish_adapter(last, run.output_dir)

@@ -7,7 +7,7 @@ import torch
 from sparse_llama.data.batches import Batch
 
 FORWARD, BACKWARD, UPDATE = "forward pass", "backward pass", "optimizer"
-VALIDATION, SAVING = "validation", "saving a checkpoint"
+VALIDATION, SAVING, FINISHING = "validation", "saving a checkpoint", "writing the results"
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """When a run saves, what it keeps, and what it does where it cannot."""
 
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
 from sparse_llama.distributed import ranks
-from sparse_llama.errors import CheckpointError
+from sparse_llama.errors import CheckpointError, StoppedError
 from sparse_llama.training.checkpoint import (
     Position,
     checkpoint_name,
@@ -25,7 +26,9 @@ class Saves:
     """The checkpoints of a run as it goes on; all ranks call each method."""
 
     def __init__(self, session: Session, console: Console, moment: Moment) -> None:
-        self._session, self._console, self._moment = session, console, moment
+        self._session, self._console, self.moment = session, console, moment
+        self.is_withheld = False
+        """Whether what has been trained since the newest checkpoint is worth nothing."""
         self.folder = session.run.output_dir / "checkpoints"
 
     def now(self, position: Position) -> Path:
@@ -36,7 +39,7 @@ class Saves:
         """
         target = self.folder / checkpoint_name(position.step)
         if not self.has(position):
-            self._moment.enter(SAVING)
+            self.moment.enter(SAVING)
             session = self._session
             save_checkpoint(self.folder, session.engine, session.parameters, session.adapter, position)
             self.prune()
@@ -56,6 +59,27 @@ class Saves:
             kept = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
             told = f"note: {error}; {kept}; make room before the next save"
             self._console.print(told, style="bold red")
+
+    def stop(self, position: Position, reason: str) -> NoReturn:
+        """End a run before its end, with every finished step saved.
+
+        Raises:
+            StoppedError: always.
+        """
+        if position.step == 0:
+            raise StoppedError(f"{reason}: before the first step, there is nothing to save")
+        if self.is_withheld:
+            newest = self.newest()
+            then = f"{newest} is from before that" if newest else "there is no checkpoint"
+            raise StoppedError(
+                f"{reason}: after step {position.step}, which is not saved: its loss or its gradient is no "
+                f"number, or worse than guessing; {then}"
+            )
+        checkpoint = self.now(position)
+        raise StoppedError(
+            f"{reason}: after step {position.step}, {checkpoint} is saved; the same command with --resume "
+            "goes on"
+        )
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint of this run; None where there is none."""

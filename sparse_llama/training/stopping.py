@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 import torch.distributed as dist
 
 from sparse_llama.distributed import ranks
-from sparse_llama.errors import ConfigError
+from sparse_llama.errors import ConfigError, RankLostError
 from sparse_llama.training.moment import BACKWARD, FORWARD, VALIDATION, Moment
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -46,7 +47,8 @@ class Stopping:
     def __init__(self, moment: Moment, *, budget_s: float | None, started_s: float) -> None:
         self._moment, self._budget_s, self._started_s = moment, budget_s, started_s
         self._longest_s = 0.0
-        self._turn_s: float | None = None
+        self._turn_s = time.monotonic()
+        self._is_first = True
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Callable[..., object] | int | None] = {}
 
@@ -69,10 +71,10 @@ class Stopping:
             ConfigError: the time budget is over before the first step: a run that goes on with ``--resume``
                 would never get further.
         """
-        now_s, is_first = time.monotonic(), self._turn_s is None
-        if self._turn_s is not None:  # from step to step: with what was saved and validated between
-            self._longest_s = max(self._longest_s, now_s - self._turn_s)
-        self._turn_s = now_s
+        # from step to step, with what was saved and validated between; at first, the validation before
+        now_s, is_first = time.monotonic(), self._is_first
+        self._longest_s = max(self._longest_s, now_s - self._turn_s)
+        self._turn_s, self._is_first = now_s, False
         word = 0 if self._received is None else int(self._received)
         if not word and self._budget_s is not None and ranks.is_main():
             left_s = self._budget_s - (now_s - self._started_s)
@@ -125,3 +127,14 @@ def words_of_lost_rank(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     is_one = isinstance(error, dist.DistBackendError) or any(word in text for word in _LOST)
     return f"{text[:_SHOWN]}..." if is_one and len(text) > _SHOWN else text if is_one else None
+
+
+def lost_rank(words: str, newest: Path | None) -> RankLostError:
+    """Return the error of a rank that goes on without another, which has said ``words`` by its absence."""
+    then = (
+        f"the newest checkpoint is {newest}, --resume goes on from it" if newest else "no checkpoint is there"
+    )
+    return RankLostError(
+        f'another rank has ended ("{words}"): its own message is above, or the system ended it, for want of '
+        f"host memory for one; {then}"
+    )

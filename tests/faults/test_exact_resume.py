@@ -11,6 +11,7 @@ from fault_table import FaultsRecord
 from faults.nursery import Nursery
 from faults.training_jobs import Jobs
 from small_runs import losses
+from training.conftest import REMOVED
 
 pytestmark = pytest.mark.faults
 
@@ -47,7 +48,13 @@ CELLS: dict[str, tuple[dict[str, Any], list[str]]] = {
         settings(
             scheduler={
                 "type": "OneCycle",
-                "params": {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "cycle_first_step_size": 9},
+                "params": {
+                    "warmup_num_steps": REMOVED,
+                    "total_num_steps": REMOVED,
+                    "cycle_min_lr": 1e-3,
+                    "cycle_max_lr": 1e-2,
+                    "cycle_first_step_size": 9,
+                },
             }
         ),
         [],

@@ -3,6 +3,7 @@ that did it."""
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import losses
+from training.test_stopping import send_at
 
-from sparse_llama.errors import DivergedError
+from sparse_llama.errors import DivergedError, StoppedError
 from sparse_llama.model.objective import TokenLoss
 from sparse_llama.training.checkpoint import list_checkpoints
 from sparse_llama.training.divergence import RECORD
+from sparse_llama.training.moment import FORWARD
 
 Train = Callable[..., Path]
 SAVING: dict[str, Any] = {"training": {"samples": 0, "save_every": 1, "keep_last": 9, "steps": 8}}
@@ -134,3 +137,16 @@ def test_where_deepspeed_leaves_such_an_update_out_the_run_goes_on(
     assert "step_000003" not in names(run)
     tensors = load_file(run / "adapter" / "adapter.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_a_run_that_is_stopped_while_it_diverges_saves_nothing_of_that(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    with monkeypatch.context() as patch:
+        spoil(patch, math.nan, {2 * 3 + 1})
+        send_at(patch, FORWARD, 5, signal.SIGTERM)
+        with pytest.raises(
+            StoppedError, match=r"after step 4, which is not saved.*step_000003 is from before"
+        ):
+            train("run", sparse_llama=SAVING)
+    assert names(tmp_path / "run")[-1] == "step_000003"

@@ -106,7 +106,7 @@ def test_the_time_budget_ends_a_run_in_time_and_each_start_has_it_anew(
 
 def _started_at(now_s: list[float]) -> Callable[[Stopping], Stopping]:
     def begin(own: Stopping) -> Stopping:
-        own._started_s = now_s[0]
+        own._started_s = own._turn_s = now_s[0]
         return own
 
     return begin
