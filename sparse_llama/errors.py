@@ -36,5 +36,9 @@ class OutOfMemoryError(SparseLlamaError):
     exit_status = 3
 
 
+class BuildError(SparseLlamaError):
+    """A library that DeepSpeed compiles at its first use is not there, and cannot be had."""
+
+
 class OffloadError(SparseLlamaError):
     """What waits for the backward pass in host memory or on a drive cannot be put there, or got back."""
