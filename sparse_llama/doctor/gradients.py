@@ -87,7 +87,7 @@ class Error:
         return self.error <= self.bound
 
     def __str__(self) -> str:
-        return f"{self.error:.0e} (allowed {self.bound:.0e})"
+        return f"{self.error:.0e} (of {self.bound:.0e} allowed)"
 
 
 def check_gradients(name: str) -> Finding:
@@ -97,10 +97,10 @@ def check_gradients(name: str) -> Finding:
     for dtype in formats():
         errors = _check_attention(dtype) if name == ATTENTION else _check_variant(VARIANTS[name], dtype)
         for label, error in errors.items():
-            told.append(f"{label} off by {error}")
-            wrong += [] if error.is_within else [f"{label}: {error.name} is off by {error}"]
+            told.append(f"{error} {label}")
+            wrong += [] if error.is_within else [f"{error.name} is off by {error} {label}"]
     if not wrong:
-        return Finding(name, "ok", "; ".join(told))
+        return Finding(name, "ok", f"off by {', '.join(told)}")
     advice = "results from this machine would be wrong: do not train here; report this with the text below"
     return Finding(name, "fail", "; ".join(wrong), advice)
 
@@ -121,7 +121,7 @@ def _check_variant(variant: Variant, dtype: torch.dtype) -> dict[str, Error]:
     plain = None if dtype == torch.float64 else _plain_gradients(objective, batch, dtype)
     errors = {_label(dtype): compare(found, exact, plain, SLACK.get(dtype, 1.0))}
     if dtype == torch.float64:
-        errors["difference of losses"] = _compare_differences(objective, batch, found)
+        errors["by differences"] = _compare_differences(objective, batch, found)
     return errors
 
 
@@ -206,7 +206,7 @@ def _check_attention(dtype: torch.dtype) -> dict[str, Error]:
         if worst is None or error.error / error.bound > worst.error / worst.bound:
             worst = error
     assert worst is not None
-    return {f"{name}, {_label(dtype)}": worst}
+    return {f"{_label(dtype)}, {name}": worst}
 
 
 def _check_layout(options: dict[str, Any], dtype: torch.dtype) -> tuple[Error, str]:
@@ -251,6 +251,5 @@ def _norm(tensors: Any) -> float:
 
 
 def _label(dtype: torch.dtype) -> str:
-    return {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
-        dtype
-    ]
+    names = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return f"in {names[dtype]}"

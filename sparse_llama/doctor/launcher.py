@@ -17,7 +17,7 @@ from sparse_llama.doctor.commands import last_line, telling_line
 from sparse_llama.doctor.findings import Finding
 from sparse_llama.doctor.processes import end_session
 from sparse_llama.planning.probe import launcher_command
-from sparse_llama.reporting.tables import format_seconds
+from sparse_llama.reporting.tables import format_seconds, format_step
 
 LIMIT_S = 180.0
 """Of one start. The slowest that was seen, on one busy core, takes 40 s."""
@@ -100,7 +100,7 @@ def _judge(name: str, num_ranks: int, total: float, took_s: float) -> Finding:
     expected = num_ranks * (num_ranks + 1) / 2
     if total != expected:
         return Finding(name, "fail", f"their numbers add up to {total:g}, not to {expected:g}", _ADVICE)
-    return Finding(name, "ok", f"joined and added up a number in {format_seconds(took_s)}", varies=True)
+    return Finding(name, "ok", f"joined and added up a number in {format_step(took_s)}", varies=True)
 
 
 def _environment() -> dict[str, str]:

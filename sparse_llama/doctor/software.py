@@ -81,9 +81,8 @@ def check_torch() -> Finding:
         advice = "torch cannot use the GPU: update the driver, or install torch for the CUDA of this driver"
         return Finding("torch's CUDA", "fail", found, advice)
     if driver:
-        found += (
-            f", cuDNN {torch.backends.cudnn.version()}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-        )
+        nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
+        found += f", cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"
     return Finding("torch's CUDA", "ok", found)
 
 
