@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import platform
 import sys
 import tomllib
@@ -77,6 +78,10 @@ def check_torch() -> Finding:
     if driver and torch.version.cuda is None:
         advice = "this machine has a GPU: install a CUDA build of torch (pytorch.org/get-started)"
         return Finding("torch's CUDA", "fail", found, advice)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if driver and hidden in ("", "-1"):
+        told = f"{found}; CUDA_VISIBLE_DEVICES={hidden} hides every GPU"
+        return Finding("torch's CUDA", "warn", told, "unset it to use a GPU")
     if driver and not torch.cuda.is_available():
         advice = "torch cannot use the GPU: update the driver, or install torch for the CUDA of this driver"
         return Finding("torch's CUDA", "fail", found, advice)
