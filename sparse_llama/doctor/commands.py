@@ -4,7 +4,12 @@ import re
 import subprocess
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_TELLING = re.compile(r"\berror\b|cannot find|not found|no such file", re.IGNORECASE)
+_LAUNCHERS_OWN = re.compile(r"\[20\d\d-")  # a line of DeepSpeed's logger begins with the date
+_TELLING = (
+    re.compile(r"\b(fatal )?error: ", re.IGNORECASE),  # compilers, and this project's commands
+    re.compile(r"^(\w+\.)*\w+(Error|Exception)\b"),  # the end of a traceback
+    re.compile(r"\berror\b|cannot find|not found|no such file", re.IGNORECASE),
+)
 _LONGEST = 300
 
 
@@ -19,17 +24,26 @@ def ask(*command: str, limit_s: float = 20) -> str | None:
 
 
 def telling_line(text: str) -> str:
-    """Return the line of an output that says most: the first that names an error, or the last one."""
-    plain = _ESCAPES.sub("", text)
-    lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    telling = [line for line in lines if _TELLING.search(line)]
-    return shorten((telling or lines or ["no word"])[0 if telling else -1])
+    """Return the line of an output that says most of what went wrong; the last one where none says so."""
+    lines = _lines(text)
+    for pattern in _TELLING:
+        telling = [line for line in lines if pattern.search(line)]
+        if telling:
+            return shorten(telling[0])
+    return last_line(text)
 
 
 def last_line(text: str) -> str:
     """Return the last line of an error's message or of an output."""
-    lines = [line.strip() for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
+    lines = _lines(text)
     return shorten(lines[-1]) if lines else "no word"
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines that say something, without colours; those of DeepSpeed's logger if there are no
+    others."""
+    lines = [line.strip() for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
+    return [line for line in lines if not _LAUNCHERS_OWN.match(line)] or lines
 
 
 def shorten(line: str, longest: int = _LONGEST) -> str:

@@ -28,7 +28,7 @@ COVERING = (ATTENTION, "tiled loss", "all of them, v1", "all of them, v2")
 
 
 def test_every_path_is_checked():
-    assert PATHS == (ATTENTION, *VARIANTS)
+    assert (ATTENTION, *VARIANTS) == PATHS
 
 
 @pytest.mark.parametrize(
