@@ -13,6 +13,7 @@ stays, unless it is older than any build takes, and whoever needs the op is told
 
 import fcntl
 import logging
+import math
 import os
 import sys
 import time
@@ -26,11 +27,12 @@ from sparse_llama.errors import BuildError
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 """What DeepSpeed loads when ranks on CPUs join a process group."""
-WAIT_S = 600.0
-"""For a build that is under way. The longest of DeepSpeed's that this project uses takes a minute or two."""
+WAIT_S = 1200.0
+"""For a build that is under way. The longest takes a minute or two, and six were seen on a busy core."""
 LONGEST_BUILD_S = 3600.0
 _LOCK = "lock"
 _POLL_S = 0.2
+_QUIET_S = 10.0  # of a wait, until it is said
 _LOCAL_FILESYSTEMS = (
     *("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs"),
     *("overlay", "ramfs", "reiserfs", "tmpfs", "xfs", "zfs"),
@@ -100,6 +102,7 @@ def wait_for_builds(ops: Iterable[str], *, limit_s: float = WAIT_S) -> None:
         BuildError: a lock is still there after ``limit_s``.
     """
     names, deadline = tuple(ops), time.monotonic() + limit_s
+    says_at = time.monotonic() + _QUIET_S
     clears = os.environ.get("LOCAL_RANK", "0") == "0"
     waiting = [builds_folder() / name / _LOCK for name in names] if names else []
     while waiting := [path for path in waiting if path.exists()]:
@@ -112,6 +115,9 @@ def wait_for_builds(ops: Iterable[str], *, limit_s: float = WAIT_S) -> None:
             continue
         if time.monotonic() > deadline:
             raise BuildError(_say(waiting[0], limit_s))
+        if clears and time.monotonic() > says_at:
+            says_at = math.inf
+            logger.warning("note: %s: a build of DeepSpeed's that is waited for", waiting[0])
         time.sleep(_POLL_S)
 
 

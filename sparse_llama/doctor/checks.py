@@ -19,6 +19,11 @@ class Check:
     """Where a job of several ranks does it: on its main rank, on the first rank of each host, on every
     rank."""
 
+    @property
+    def row(self) -> str:
+        """What a row is called that says only that it could not be done."""
+        return self.name.removeprefix("op ").removeprefix("gradients: ")
+
 
 SOFTWARE, DEVICES, MEMORY = "software", "devices", "memory and folders"
 OPS, LAUNCHER, GRADIENTS = "DeepSpeed's ops", "launcher", "gradients, against the formulas in fp64"
@@ -55,5 +60,7 @@ def checks(*, is_job: bool) -> list[Check]:
     gradients = [Check(f"gradients: {name}", GRADIENTS, 180, "rank") for name in PATHS]
     if is_job:
         return [*start, Check(JOB, LAUNCHER, 300, "rank"), *memory, *ops, *gradients]
-    launcher = [Check(f"launcher, {count}", LAUNCHER, 240, "main") for count in (1, 2)]
+    launcher = [
+        Check(name, LAUNCHER, 240, "main") for name in ("deepspeed, 1 process", "deepspeed, 2 processes")
+    ]
     return [*start, *memory, *ops, *launcher, *gradients]

@@ -4,6 +4,7 @@ import re
 import subprocess
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_NOISE = re.compile(r"\[WARNING\] \[real_accelerator\.py")  # said at every import on a CPU
 _LAUNCHERS_OWN = re.compile(r"\[20\d\d-")  # a line of DeepSpeed's logger begins with the date
 _TELLING = (
     re.compile(r"\b(fatal )?error: ", re.IGNORECASE),  # compilers, and this project's commands
@@ -43,6 +44,7 @@ def _lines(text: str) -> list[str]:
     """Return the lines that say something, without colours; those of DeepSpeed's logger if there are no
     others."""
     lines = [line.strip() for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
+    lines = [line for line in lines if not _NOISE.search(line)]
     return [line for line in lines if not _LAUNCHERS_OWN.match(line)] or lines
 
 

@@ -69,6 +69,8 @@ def _wait(
         if message is None:
             is_over = time.monotonic() >= deadline
             status, said = worker.end(waits_s=0.0 if is_over else _LAST_S)
+            if check.section == OPS:
+                _clear_own_lock(check)
             return [_hung(check, said) if is_over else _crashed(check, status, said)], False
         if "note" in message:
             noted(message["note"])
@@ -78,10 +80,8 @@ def _wait(
 
 
 def _hung(check: Check, said: str) -> Finding:
-    if check.section == OPS:
-        _clear_own_lock()
     told = f"no answer within {check.limit_s:.0f} s; last words: {last_line(said)}"
-    return Finding(check.name, "fail", told, "a run would hang here too; report this with the text below")
+    return Finding(check.row, "fail", told, "a run would hang here too; report this with the text below")
 
 
 def _crashed(check: Check, status: int, said: str) -> Finding:
@@ -90,14 +90,14 @@ def _crashed(check: Check, status: int, said: str) -> Finding:
         with suppress(ValueError):
             ended = f"its process was ended by {signal.Signals(-status).name}"
     told = f"{ended}; last words: {last_line(said)}"
-    return Finding(check.name, "fail", told, "a run would end so too; report this with the text below")
+    return Finding(check.row, "fail", told, "a run would end so too; report this with the text below")
 
 
-def _clear_own_lock() -> None:
-    """Take away the lock of a build that was just killed for taking too long."""
+def _clear_own_lock(check: Check) -> None:
+    """Take away the lock of a build that has just been killed."""
     from sparse_llama.distributed.build_locks import clear_stale_locks  # torch: 2 s, in this case only
 
-    clear_stale_locks()
+    clear_stale_locks([check.row])
 
 
 class _Worker:

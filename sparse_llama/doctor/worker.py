@@ -55,10 +55,10 @@ def find(name: str, options: dict[str, bool], tell: Tell) -> Iterable[Finding]:
         from sparse_llama.doctor.gradients import check_gradients
 
         return [check_gradients(name.removeprefix("gradients: "))]
-    if name == JOB or name.startswith("launcher, "):
+    if name == JOB or name.startswith("deepspeed, "):
         from sparse_llama.doctor import launcher
 
-        return [launcher.check_job() if name == JOB else launcher.check_launcher(int(name[-1]))]
+        return [launcher.check_job() if name == JOB else launcher.check_launcher(int(name.split()[1]))]
     if name in ("versions", "imports", "torch's CUDA"):
         from sparse_llama.doctor import software
 

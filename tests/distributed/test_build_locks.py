@@ -3,6 +3,7 @@ without end. The locks are torch's own, taken by processes that are then killed.
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,3 +201,35 @@ def test_other_ranks_wait_for_the_first_to_clear(folder: Path, monkeypatch):
         wait_for_builds(["cpu_adam"], limit_s=0)
     monkeypatch.setenv("LOCAL_RANK", "0")
     wait_for_builds(["cpu_adam"], limit_s=0)
+
+
+_JOIN = """
+from sparse_llama.distributed import ranks
+ranks.initialize()
+ranks.finalize()
+print("joined")
+"""
+
+
+@pytest.mark.faults
+def test_a_start_after_a_killed_build_joins_its_group(tmp_path: Path, monkeypatch):
+    """The whole of it: torch's lock, left in a copy of the real folder, and DeepSpeed's own start."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    built, copy = builds_folder(), tmp_path / "builds"
+    if built.is_dir():
+        shutil.copytree(built, copy)
+    folder = copy / build_locks.SHARED_MEMORY_OP
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = leave(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", _JOIN],
+        env=process_environment(TORCH_EXTENSIONS_DIR=str(copy), DS_ACCELERATOR="cpu"),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("joined\n")
+    assert f"note: {lock}: removed" in done.stderr
+    assert not lock.exists()
