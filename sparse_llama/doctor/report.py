@@ -79,13 +79,14 @@ def to_json(found: Found) -> str:
         "is_bad": is_bad(found),
         "sections": {
             section: [
-                {"name": one.name, "status": one.status, "found": one.found, "advice": one.advice}
+                {"name": one.name, "status": one.status}
+                | {"found": without_secrets(one.found), "advice": without_secrets(one.advice)}
                 for one in findings
             ]
             for section, findings in found.items()
         },
     }
-    return without_secrets(json.dumps(document, indent=2, ensure_ascii=False)) + "\n"
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def without_secrets(text: str) -> str:
@@ -100,7 +101,7 @@ def without_secrets(text: str) -> str:
             text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
     user = _user()
     if user and user != "root":  # whose name says nothing, and is a word
-        text = re.sub(rf"(?<![\w-]){re.escape(user)}(?![\w-])", "USER", text)
+        text = re.sub(rf"(?<=/){re.escape(user)}(?![\w-])", "USER", text)  # in a path: it may be a word
     return text
 
 

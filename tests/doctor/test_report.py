@@ -85,12 +85,13 @@ def test_secrets_names_and_home_stay_here(monkeypatch):
 
 
 def test_a_report_is_without_this_environments_secrets(monkeypatch):
-    monkeypatch.setenv("MY_TOKEN", "tok-1234567890")
-    found = whole(Finding("imports", "fail", f"401 for tok-1234567890 in {Path.home()}/x", "look there"))
+    monkeypatch.setenv("MY_TOKEN", 'tok-"1234567890')  # JSON would write it otherwise
+    found = whole(
+        Finding("imports", "fail", f"401 for {os.environ['MY_TOKEN']} in {Path.home()}/x", "look there")
+    )
     for text in (to_text(found), to_json(found)):
-        assert "tok-1234567890" not in text
+        assert "1234567890" not in text
         assert f"{Path.home()}/" not in text or str(Path.home()) == "/"
-    assert os.environ["MY_TOKEN"] == "tok-1234567890"
 
 
 def test_of_other_ranks_only_what_differs_is_shown():
