@@ -52,5 +52,9 @@ class RankLostError(SparseLlamaError):
     exit_status = 1
 
 
+class BuildError(SparseLlamaError):
+    """A library that DeepSpeed compiles at its first use is not there, and cannot be had."""
+
+
 class OffloadError(SparseLlamaError):
     """What waits for the backward pass in host memory or on a drive cannot be put there, or got back."""

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from sparse_llama.attention.core import statistics_dtype
 from sparse_llama.attention.tile_loop import row_tiles
 
 _NOTE = "_normed_from"
@@ -54,7 +55,8 @@ class AdaptedRMSNorm(LlamaRMSNorm):
 
 
 def normalise(normed: Normed, tile: int | None = None) -> torch.Tensor:
-    """Return the norm's output, statistics in fp32; an fp32 weight over a 16-bit model is rounded first.
+    """Return the norm's output, statistics in fp32 (fp64 of an fp64 model, where transformers' own rounds to
+    fp32); an fp32 weight over a 16-bit model is rounded first.
 
     Every row is on its own, so that tiles change no bit where the sum over a row does not depend on how many
     there are, as on a CPU.
@@ -81,12 +83,12 @@ def norm_gradients(
         weight_sum: (C,), fp64, of sums in fp32; None where the weight does not train.
     """
     hidden, weight, epsilon = normed
-    grad_float = grad.to(torch.float32)
+    grad_float = grad.to(statistics_dtype(hidden.dtype))
     normalised, inverse = _normalised(hidden, epsilon)
     if weight_sum is not None:
         weight_sum += (grad_float * normalised).sum(0)
     if output is not None:
-        scaled = grad_float * weight.to(torch.float32)
+        scaled = grad_float * weight.to(grad_float.dtype)
         along = (scaled * normalised).mean(-1, keepdim=True)  # the part that the norm takes out again
         output.copy_(scaled.addcmul_(normalised, along, value=-1).mul_(inverse))
 
@@ -142,7 +144,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _normalised(hidden: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x / rms and 1 / rms, (..., C) and (..., 1), fp32."""
-    hidden = hidden.to(torch.float32)
+    """Return x / rms and 1 / rms, (..., C) and (..., 1), in the statistics' type."""
+    hidden = hidden.to(statistics_dtype(hidden.dtype))
     inverse = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + epsilon)
     return hidden * inverse, inverse

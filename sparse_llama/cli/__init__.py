@@ -5,6 +5,7 @@ second.
 """
 
 from sparse_llama.cli.benchmark import benchmark, benchmark_parser
+from sparse_llama.cli.doctor import doctor, doctor_parser
 from sparse_llama.cli.entry import is_main, main, world_size
 from sparse_llama.cli.evaluation import evaluate, evaluate_parser
 from sparse_llama.cli.flags import Parser, add_model_flags, add_run_flags, overrides, parser
@@ -23,6 +24,8 @@ __all__ = [
     "add_run_flags",
     "benchmark",
     "benchmark_parser",
+    "doctor",
+    "doctor_parser",
     "evaluate",
     "evaluate_parser",
     "export",

@@ -6,6 +6,7 @@ Which process speaks is read from the launcher's environment: nothing here impor
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,9 @@ def main(
     except SparseLlamaError as error:
         _tell_error(error)
         raise SystemExit(error.exit_status) from None
+    except BrokenPipeError:  # "| head" has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more at exit
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         if is_main():
             tell("interrupted")

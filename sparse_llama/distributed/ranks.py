@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from sparse_llama.distributed.build_locks import SHARED_MEMORY_OP, wait_for_builds
+
 Item = TypeVar("Item")
 
 _JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
@@ -47,7 +49,11 @@ def device() -> torch.device:
 
 
 def initialize() -> None:
-    """Join the process group (NCCL on GPUs, gloo on CPUs); does nothing the second time."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs); does nothing the second time.
+
+    Raises:
+        BuildError: the build of what ranks on CPUs talk through is locked for good.
+    """
     if dist.is_initialized():
         return
     if device().type == "cpu":
@@ -60,6 +66,8 @@ def initialize() -> None:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
+    if device().type == "cpu":
+        wait_for_builds([SHARED_MEMORY_OP])
     import deepspeed  # takes 2 s: only when a process group is needed
 
     deepspeed.init_distributed(verbose=False)

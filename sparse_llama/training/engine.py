@@ -14,9 +14,11 @@ from sparse_llama.adapters.attach import parameter_groups
 from sparse_llama.config.run import Run
 from sparse_llama.config.schedule import Schedule, learning_rate
 from sparse_llama.data.batches import Batch
+from sparse_llama.distributed.ops import load_op
 from sparse_llama.distributed.ranks import all_reduce_sum, device, world_size
 from sparse_llama.errors import ConfigError
 from sparse_llama.memory.gathering import gather_borrowed
+from sparse_llama.training.libraries import ops_of
 from sparse_llama.training.masters import forget_warm_start
 from sparse_llama.training.moment import BACKWARD, FORWARD, UPDATE, Moment
 
@@ -31,6 +33,7 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
 
     Raises:
         ConfigError: the optimizer does not run on this device.
+        BuildError: an op that the run needs cannot be built here.
     """
     import deepspeed
 
@@ -46,6 +49,10 @@ def start_engine(run: Run, objective: nn.Module, llama: nn.Module, schedule: Sch
         # Adapters are a thousandth of the model: torch's own AdamW costs nothing beside the model's matrix
         # products and needs no compiler; DeepSpeed's fused one is built from source at first use.
         parameters.setdefault("torch_adam", True)
+    for name in ops_of(run):
+        load_op(
+            name
+        )  # before DeepSpeed does, which waits for a lock for ever, and has many words for a failure
     groups: Any = parameter_groups(llama, weight_decay=parameters.get("weight_decay", 0.0))
     num_trained = sum(count_elements(one) for group in groups for one in group["params"])
     config["zero_optimization"].setdefault("reduce_bucket_size", num_trained)
