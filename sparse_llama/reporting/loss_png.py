@@ -7,6 +7,7 @@ from pathlib import Path
 from sparse_llama.errors import ConfigError
 
 _PANEL_INCHES = (6.4, 3.8)
+_KEY_INCHES, _LETTER_INCHES, _LINE_INCHES = 0.55, 0.075, 0.25  # of an entry of the legend, 9 point
 _KIND = "#333333"
 _SMOOTHED = 0.1
 """The part of a run's steps that a point of its training curve is the mean of: a step's loss says more of its
@@ -70,7 +71,12 @@ def save_losses(panels: Sequence[LossPanel], title: str, file: Path) -> None:
     ]
     figure.suptitle(title, fontsize=11)
     names = [*labels, "training, smoothed", "validation"]
-    figure.legend([*lines, *kinds], names, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    entry_inches = _KEY_INCHES + _LETTER_INCHES * max(map(len, names))
+    columns = max(1, min(len(names), int(figure.get_figwidth() / entry_inches)))
+    figure.set_figheight(height + 0.3 + _LINE_INCHES * -(-len(names) // columns))
+    figure.legend(
+        [*lines, *kinds], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     try:
         figure.savefig(file)
     except OSError as error:
