@@ -1,7 +1,6 @@
 """Tensors out of another program's file or folder, without running any code that the file brings."""
 
 import argparse
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sparse_llama.config.paths import is_file, is_folder
+from sparse_llama.config.section import show_plain
+from sparse_llama.config.tables import read_table
 from sparse_llama.errors import CheckpointError
 
 PEFT_CONFIG = "adapter_config.json"
@@ -51,10 +53,11 @@ def read_stored(path: Path) -> StoredAdapter:
         try:
             return StoredAdapter(file, load_file(file), peft_config=config)
         except (SafetensorError, OSError) as error:
+            reason = show_plain(str(error))
             raise CheckpointError(
-                f"{file}: not a complete safetensors file ({error}); copy it again"
+                f"{file}: not a complete safetensors file ({reason}); copy it again"
             ) from error
-    document = _load(file)
+    document = load_plain(file)
     inner = document.get("model") if isinstance(document, Mapping) else None
     found = inner if isinstance(inner, Mapping) else document
     tensors = found if isinstance(found, Mapping) else {}
@@ -70,9 +73,9 @@ def read_stored(path: Path) -> StoredAdapter:
 
 
 def _find_file(path: Path) -> Path:
-    if path.is_file():
+    if is_file(path):
         return path
-    if not path.is_dir():
+    if not is_folder(path):
         raise CheckpointError(f"{path}: no such file or folder; name an adapter file or the folder with it")
     if (path / PEFT_CONFIG).is_file():
         _read_peft_config(path / PEFT_CONFIG)
@@ -93,20 +96,22 @@ def _find_file(path: Path) -> Path:
 def _read_peft_config(path: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy it again") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_table(path, CheckpointError)
+    kind = config.get("peft_type")
     if kind is not None and kind != "ADAPTION_PROMPT":
         raise CheckpointError(
             f"{path}: peft_type is {kind!r}; only ADAPTION_PROMPT is a LLaMA-Adapter: merge other PEFT "
             "adapters into their base with PEFT (merge_and_unload) and train on that"
         )
-    return config if isinstance(config, dict) else None
+    return config
 
 
-def _load(path: Path) -> Any:
+def load_plain(path: Path) -> Any:
+    """Return what ``torch.save`` wrote to ``path``: plain tensors and values, mapped where that can be.
+
+    Raises:
+        CheckpointError: it is damaged, or holds what only code in the file could make; that is never run.
+    """
     try:
         # The original's training checkpoints hold their arguments in one: values only, made without code.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -119,7 +124,7 @@ def _load(path: Path) -> Any:
                 "save its tensors alone (torch.save of a dict of tensors, or .safetensors)"
             ) from None
         text = str(error).rpartition("WeightsUnpickler error:")[2]  # after advice about weights_only
-        reason = " ".join(text.split())[:80] or type(error).__name__
+        reason = show_plain(text)[:80] or type(error).__name__
         raise CheckpointError(
             f"{path}: not a file that torch.save wrote, or not all of it ({reason}); copy it again"
         ) from None
