@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sparse_llama.config.paths import is_file, is_folder
-from sparse_llama.config.section import show_plain
+from sparse_llama.config.section import quote, show_plain
 from sparse_llama.config.tables import read_table
 from sparse_llama.errors import CheckpointError
 
@@ -24,6 +24,7 @@ _KNOWN = (
     "lit_model.pth.adapter_v2",
     "lit-llama-adapter-finetuned.pth",
 )
+_LONGEST_NAME = 200
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".adapter", ".adapter_v2")
 
 
@@ -51,12 +52,14 @@ def read_stored(path: Path) -> StoredAdapter:
     config = _read_peft_config(file.with_name(PEFT_CONFIG)) if file.name in _PEFT_WEIGHTS else None
     if file.suffix == ".safetensors":
         try:
-            return StoredAdapter(file, load_file(file), peft_config=config)
+            tensors = load_file(file)
         except (SafetensorError, OSError) as error:
             reason = show_plain(str(error))
             raise CheckpointError(
                 f"{file}: not a complete safetensors file ({reason}); copy it again"
             ) from error
+        _check_names(tensors, file)
+        return StoredAdapter(file, tensors, peft_config=config)
     document = load_plain(file)
     inner = document.get("model") if isinstance(document, Mapping) else None
     found = inner if isinstance(inner, Mapping) else document
@@ -67,9 +70,19 @@ def read_stored(path: Path) -> StoredAdapter:
             f"{file}: holds a {type(found).__name__} without tensors; a dict of tensors, or one under "
             '"model", is what adapters are saved as'
         )
+    _check_names(tensors, file)
     is_nested = found is inner
     beside = {key: value for key, value in document.items() if key != "model"} if is_nested else {}
     return StoredAdapter(file, tensors, is_nested, beside, config)
+
+
+def _check_names(tensors: Mapping[Any, torch.Tensor], file: Path) -> None:
+    """Refuse names that are no text, or none that a line could repeat."""
+    for name in tensors:
+        if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"{file}: has a tensor {quote(str(name))}, which no adapter has; copy it again"
+            )
 
 
 def _find_file(path: Path) -> Path:
@@ -100,8 +113,8 @@ def _read_peft_config(path: Path) -> Mapping[str, Any] | None:
     kind = config.get("peft_type")
     if kind is not None and kind != "ADAPTION_PROMPT":
         raise CheckpointError(
-            f"{path}: peft_type is {kind!r}; only ADAPTION_PROMPT is a LLaMA-Adapter: merge other PEFT "
-            "adapters into their base with PEFT (merge_and_unload) and train on that"
+            f"{path}: peft_type is {quote(str(kind))}; only ADAPTION_PROMPT is a LLaMA-Adapter: merge other "
+            "PEFT adapters into their base with PEFT (merge_and_unload) and train on that"
         )
     return config
 
