@@ -38,6 +38,7 @@ class _Sizes(Section):
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pad_token_id: int | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -95,6 +96,9 @@ def _misfit(config: LlamaConfig, rotation: torch.Tensor) -> str | None:
         return f"hidden_size ({config.hidden_size}) is no multiple of num_attention_heads ({heads})"
     if width % 2:
         return f"heads are {width} wide, and positions turn pairs: head_dim must be even"
+    pad, vocabulary = config.pad_token_id, config.vocab_size
+    if pad is not None and not -vocabulary <= pad < vocabulary:
+        return f"pad_token_id is {pad}, outside of the {vocabulary} tokens of the vocabulary"
     if config.hidden_act not in ACT2FN:
         return f"hidden_act is {quote(config.hidden_act)}, which transformers does not know"
     if not bool(torch.isfinite(rotation).all()):

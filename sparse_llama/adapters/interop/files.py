@@ -58,7 +58,7 @@ def read_stored(path: Path) -> StoredAdapter:
             raise CheckpointError(
                 f"{file}: not a complete safetensors file ({reason}); copy it again"
             ) from error
-        _check_names(tensors, file)
+        _check_tensors(tensors, file)
         return StoredAdapter(file, tensors, peft_config=config)
     document = load_plain(file)
     inner = document.get("model") if isinstance(document, Mapping) else None
@@ -70,18 +70,23 @@ def read_stored(path: Path) -> StoredAdapter:
             f"{file}: holds a {type(found).__name__} without tensors; a dict of tensors, or one under "
             '"model", is what adapters are saved as'
         )
-    _check_names(tensors, file)
+    _check_tensors(tensors, file)
     is_nested = found is inner
     beside = {key: value for key, value in document.items() if key != "model"} if is_nested else {}
     return StoredAdapter(file, tensors, is_nested, beside, config)
 
 
-def _check_names(tensors: Mapping[Any, torch.Tensor], file: Path) -> None:
-    """Refuse names that are no text, or none that a line could repeat."""
-    for name in tensors:
+def _check_tensors(tensors: Mapping[Any, torch.Tensor], file: Path) -> None:
+    """Refuse what no adapter of any program has: names that no line could repeat, tensors without elements,
+    and weights without an axis."""
+    for name, tensor in tensors.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
             raise CheckpointError(
                 f"{file}: has a tensor {quote(str(name))}, which no adapter has; copy it again"
+            )
+        if tensor.numel() == 0 or (tensor.dim() == 0 and tensor.is_floating_point()):
+            raise CheckpointError(
+                f"{file}: {name} has shape {list(tensor.shape)}, as nothing of an adapter has; copy it again"
             )
 
 
@@ -116,6 +121,8 @@ def _read_peft_config(path: Path) -> Mapping[str, Any] | None:
             f"{path}: peft_type is {quote(str(kind))}; only ADAPTION_PROMPT is a LLaMA-Adapter: merge other "
             "PEFT adapters into their base with PEFT (merge_and_unload) and train on that"
         )
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise CheckpointError(f"{path}: base_model_name_or_path must be a name or a folder; copy it again")
     return config
 
 
