@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llama.config.bundled import resolve_bundled
-from sparse_llama.config.paths import expand, is_file, is_folder
+from sparse_llama.config.paths import expand, is_file, is_folder, without_secrets
 from sparse_llama.config.section import show
 from sparse_llama.data.files import READERS, Found, parse_found, read_file
 from sparse_llama.errors import DataError
@@ -59,7 +59,8 @@ def open_source(
         return Source(read_file(path), name)
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
     if not is_hub_id or path.suffix.lower() in READERS:
-        raise DataError(f"{name}: no such file or folder; give a file, a folder, or a hub id (owner/name)")
+        shown = without_secrets(name)
+        raise DataError(f"{shown}: no such file or folder; give a file, a folder, or a hub id (owner/name)")
     return _open_hub(name, asked)
 
 

@@ -315,7 +315,14 @@ def _open_adapted(
     loaded.model.eval()
     description = f"{base.path} + {adapter}"
     return OpenedModel(
-        loaded.model, tokenizer, file, description, folder, plan, stored.notices, file.template
+        loaded.model,
+        tokenizer,
+        file,
+        description,
+        folder,
+        plan,
+        (*loaded.notices, *stored.notices),
+        file.template,
     )
 
 

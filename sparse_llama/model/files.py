@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparse_llama.adapters.interop.files import load_plain
 from sparse_llama.config.bundled import resolve_bundled
-from sparse_llama.config.paths import expand, is_file, is_folder
+from sparse_llama.config.paths import expand, is_file, is_folder, without_secrets
 from sparse_llama.config.section import quote, show_plain
 from sparse_llama.config.tables import read_table
 from sparse_llama.errors import CheckpointError, ModelError
@@ -52,7 +52,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         return folder
     if not _is_hub_id(model):
         raise ModelError(
-            f"{model}: no such folder; give a local folder, a hub id (owner/name) or bundled:tiny-llama"
+            f"{without_secrets(model)}: no such folder; give a local folder, a hub id (owner/name) or "
+            "bundled:tiny-llama"
         )
     return _download(model, revision)
 

@@ -74,9 +74,19 @@ def load_llama(
             f"{path}: RANDOM weights, seed {seed} (sparse_llama.model.random_weights); "
             "the checks of the base are off"
         )
-        return LoadedLlama(model, folder, (notice,))
+        return LoadedLlama(model, folder, (*_code_notice(config, folder), notice))
     _fill(model, _tensors_of(config, folder))
-    return LoadedLlama(model, folder)
+    return LoadedLlama(model, folder, _code_notice(config, folder))
+
+
+def _code_notice(config: LlamaConfig, folder: Path) -> tuple[str, ...]:
+    """Return what to say of a LLaMA that brings code of its own, as some do for a faster attention."""
+    if not getattr(config, "auto_map", None):
+        return ()
+    return (
+        f"{folder}: brings modelling code (auto_map in config.json), which is not run; it is opened as "
+        "transformers' LLaMA",
+    )
 
 
 def _construct(

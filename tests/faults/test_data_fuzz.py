@@ -26,7 +26,7 @@ from sparse_llama.data.tokenizer import load_tokenizer
 from sparse_llama.errors import DataError, SparseLlamaError
 from sparse_llama.reporting.tables import show_table
 
-AMOUNTS = [pytest.param(15, id="few"), pytest.param(1500, id="many", marks=pytest.mark.faults)]
+AMOUNTS = [pytest.param(10, id="few"), pytest.param(1500, id="many", marks=pytest.mark.faults)]
 MOST_CHARACTERS = 800  # of a line without the file's path
 DOLLY = [
     {"instruction": f"Who is {n}?", "context": "", "response": f"Ann {n}.", "category": "qa"}

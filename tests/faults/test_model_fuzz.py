@@ -34,7 +34,7 @@ from sparse_llama.model.assemble import assemble, open_model
 from sparse_llama.model.configuration import read_config
 from sparse_llama.model.llama import load_llama
 
-AMOUNTS = [pytest.param(25, id="few"), pytest.param(1500, id="many", marks=pytest.mark.faults)]
+AMOUNTS = [pytest.param(12, id="few"), pytest.param(1500, id="many", marks=pytest.mark.faults)]
 MOST_CHARACTERS = 700  # of a line without the folder's path
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
