@@ -283,22 +283,10 @@ def test_no_value_of_a_document_is_a_word_to_a_shell(tmp_path: Path, monkeypatch
     assert not (tmp_path / "ran").exists()
 
 
-UNPICKLING_COLLECTIVES = (
-    "all_gather_object",
-    "broadcast_object_list",
-    "gather_object",
-    "scatter_object_list",
-)
-RUNS_CODE = (
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "os.system",
-    "os.popen",
-    "import_module",
-    "runpy.run_path",
-)
+UNPICKLING = (
+    "all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list", "read_pickle",
+)  # fmt: skip
+RUNNING = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
 
 
