@@ -39,7 +39,7 @@ def mutated(document: dict[str, Any], rng: random.Random) -> str:
     """Return the text of ``document`` with one to three values, keys or blocks of it changed."""
     changed = copy.deepcopy(document)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        rng.choice(_CHANGES)(changed, rng)
+        rng.choice(CHANGES)(changed, rng)
     return _text(changed)
 
 
@@ -210,7 +210,7 @@ def _nest(document: dict[str, Any], rng: random.Random) -> None:
             block[key] = {key: block[key]} if isinstance(key, str) else [block[key]]
 
 
-_CHANGES = (_replace, _replace, _replace, _drop, _misspell, _double, _add, _retype, _retype, _swap, _nest)
+CHANGES = (_replace, _replace, _replace, _drop, _misspell, _double, _add, _retype, _retype, _swap, _nest)
 
 
 def _text(document: dict[str, Any]) -> str:

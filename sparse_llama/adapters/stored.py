@@ -11,17 +11,21 @@ from sparse_llama import __version__
 from sparse_llama.adapters.attach import attach_adapters
 from sparse_llama.adapters.bank import DEFAULT, AdapterBank, NamedAdapter, bank_of, require_bank
 from sparse_llama.adapters.interop import named_base, read_foreign
+from sparse_llama.adapters.interop.ours import adapter_shapes
 from sparse_llama.adapters.rotation import fixed_parameters, same_rotation, with_rotation
 from sparse_llama.adapters.weights import (
     AdapterFile,
     BaseModelReference,
     apply_adapter,
+    check_finite,
+    check_fits,
     is_native,
     read_adapter_config,
     read_adapter_folder,
     write_adapter_folder,
 )
 from sparse_llama.attention.interface import AttentionPlan, plan_attention
+from sparse_llama.config.paths import exists
 from sparse_llama.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ def find_adapter(path: Path) -> Path:
         raise CheckpointError(
             f"{path}: this run has not finished (no adapter/); name its newest checkpoint, {steps[-1]}"
         )
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(
             f"{path}: no such file or folder; name a run's folder, an adapter folder, a "
             "checkpoints/step_NNNNNN folder, or an adapter of PEFT, lit-llama, litgpt or LLaMA-Adapter"
@@ -79,8 +83,11 @@ def read_adapter(path: Path, base: LlamaConfig, *, base_model: BaseModelReferenc
         CheckpointError: it is missing, damaged, of an unknown format, or does not fit ``base``.
     """
     if is_native(path):
-        return LoadedAdapter("native", *read_adapter_folder(path))
+        file, tensors = read_adapter_folder(path)
+        check_fits(adapter_shapes(file.adapter, base), tensors, str(path))
+        return LoadedAdapter("native", file, tensors)
     foreign = read_foreign(path, base)
+    check_finite(foreign.tensors, str(path))
     longest = base.max_position_embeddings
     file = AdapterFile.model_validate(
         {

@@ -2,6 +2,7 @@
 they belong to)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +14,11 @@ from torch import nn
 
 from sparse_llama.adapters.bank import DEFAULT, bank_of
 from sparse_llama.config.layers import Layers, LayerSparsities, LayoutOfLayers, layer_sparsities
+from sparse_llama.config.paths import is_file
 from sparse_llama.config.rope import FixedRopeParameters
-from sparse_llama.config.section import FrozenList, Section
+from sparse_llama.config.section import FrozenList, Section, quote, show, show_plain
 from sparse_llama.config.settings import AdapterSettings, TemplateName
+from sparse_llama.config.tables import read_table
 from sparse_llama.errors import CheckpointError, SparseLlamaError
 
 WEIGHTS_NAME = "adapter.safetensors"
@@ -41,11 +44,11 @@ class AdapterFile(Section):
     layer_layouts: Annotated[tuple[LayoutOfLayers, ...], FrozenList] = ()
     """Layouts of some layers in its place, and ``dense_layers``: see ``config/layers.py``."""
     dense_layers: Layers | None = None
-    master_length: int = Field(ge=1)
+    master_length: int = Field(ge=1, lt=2**31)
     """Tokens of the master layout that shorter sequences are cropped from."""
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     """Of random blocks and of the prompts' initial values."""
-    seq_length: int = Field(ge=1)
+    seq_length: int = Field(ge=1, lt=2**31)
     rope_parameters: FixedRopeParameters | None = None
     """The rotary settings that it was trained with, in transformers' keys; None is the base's own."""
     template: TemplateName = "alpaca"
@@ -74,19 +77,18 @@ def write_adapter_folder(folder: Path, tensors: dict[str, torch.Tensor], config:
 
 def is_native(folder: Path) -> bool:
     """Return whether ``folder`` holds, or should hold, an adapter of this project's own format."""
-    if not (folder / CONFIG_NAME).is_file():
-        return (folder / WEIGHTS_NAME).is_file()
+    if not is_file(folder / CONFIG_NAME):
+        return is_file(folder / WEIGHTS_NAME)
     try:
-        document = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError:
+        return "peft_type" not in read_table(folder / CONFIG_NAME, CheckpointError)
+    except CheckpointError:
         return True  # damaged: reading it says how
-    return not (isinstance(document, dict) and "peft_type" in document)
 
 
 def read_adapter_config(folder: Path) -> AdapterFile:
     """Return the configuration of an adapter folder; raises as ``read_adapter_folder``."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise CheckpointError(
                 f"{folder}: no {name}; an adapter folder holds {WEIGHTS_NAME} and {CONFIG_NAME}, such as "
                 "OUTPUT_DIR/adapter"
@@ -100,13 +102,35 @@ def read_adapter_folder(folder: Path) -> tuple[AdapterFile, dict[str, torch.Tens
     Raises:
         CheckpointError: a file is missing, damaged, or of another program or version.
     """
-    config = read_adapter_config(folder)
+    config, path = read_adapter_config(folder), folder / WEIGHTS_NAME
     try:
-        return config, load_file(folder / WEIGHTS_NAME)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS_NAME}: not a complete safetensors file ({error}); copy or train it again"
+            f"{path}: not a complete safetensors file ({show_plain(str(error))}); copy or train it again"
         ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{path}: {show_plain(name)} is {dtype}, an adapter's tensors are float32; copy it again"
+            )
+    check_finite(tensors, str(path))
+    return config, tensors
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse an adapter that would answer nonsense to everything.
+
+    Raises:
+        CheckpointError: a tensor holds what is no number.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{source}: {show_plain(name)} holds NaN or infinity; the run that wrote it diverged, or the "
+                "file is damaged: copy it again, or take an earlier checkpoint"
+            )
 
 
 @torch.no_grad()
@@ -121,50 +145,56 @@ def apply_adapter(
     bank = bank_of(model)
     assert bank is not None, "attach_adapters comes first"
     parameters = bank.adapters[name].parameters
-    missing, unexpected = (
-        sorted(parameters.keys() - tensors.keys()),
-        sorted(tensors.keys() - parameters.keys()),
-    )
-    if missing or unexpected:
-        found = [
-            f"{len(names)} {word} (first {names[0]})"
-            for names, word in ((missing, "missing"), (unexpected, "unexpected"))
-            if names
-        ]
-        raise CheckpointError(
-            f"{source}: {' and '.join(found)} of {len(parameters)} tensors; "
-            "it was trained with other adapter settings or on another base"
-        )
-    for path, parameter in parameters.items():
-        if tensors[path].shape != parameter.shape:
-            raise CheckpointError(
-                f"{source}: {path} has shape {list(tensors[path].shape)}, this base needs "
-                f"{list(parameter.shape)}; it was trained on another base"
-            )
+    check_fits({path: parameter.shape for path, parameter in parameters.items()}, tensors, source)
     for path, parameter in parameters.items():
         parameter.copy_(tensors[path])
 
 
+def check_fits(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], source: str
+) -> None:
+    """Refuse tensors that are not those of an adapter with these names and shapes.
+
+    Raises:
+        CheckpointError: one is missing, unknown or of another shape.
+    """
+    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unexpected:
+        found = [
+            f"{len(names)} {word} (first {show_plain(names[0])})"
+            for names, word in ((missing, "missing"), (unexpected, "unexpected"))
+            if names
+        ]
+        raise CheckpointError(
+            f"{source}: {' and '.join(found)} of {len(shapes)} tensors; "
+            "it was trained with other adapter settings or on another base"
+        )
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(tensors[name].shape)}, this base needs {list(shape)}; it "
+                "was trained on another base"
+            )
+
+
 def _read_config(path: Path) -> AdapterFile:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != "sparse-llama":
-        found = document.get("peft_type") or document.get("format") if isinstance(document, dict) else None
+    document = read_table(path, CheckpointError)
+    if document.get("format") != "sparse-llama":
+        found = document.get("peft_type") or document.get("format")
         raise CheckpointError(
-            f'{path}: "format" must be "sparse-llama"' + (f", found {found!r}" if found else "")
+            f'{path}: "format" must be "sparse-llama"' + (f", found {quote(str(found))}" if found else "")
         )
-    if document.get("format_version") != 1:
+    version = document.get("format_version")
+    if version != 1:
         raise CheckpointError(
-            f"{path}: format_version {document.get('format_version')!r} is not one this version reads (1); "
-            "update sparse-llama"
+            f"{path}: format_version {show(version)} is not one this version reads (1); update sparse-llama"
         )
     try:
-        return AdapterFile.model_validate(document)
-    except (SparseLlamaError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: {reason}") from error
+        file = AdapterFile.parse(document)
+        _ = file.layouts  # whose blocks have a check of their own
+    except SparseLlamaError as error:
+        raise CheckpointError(f"{path}: {error}; copy it again, or update sparse-llama") from error
+    return file
 
 
 def _replace(path: Path, write: Any) -> None:

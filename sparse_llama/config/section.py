@@ -23,6 +23,7 @@ from pydantic import (
 from sparse_llama.errors import ConfigError
 
 _MAX_SHOWN = 60  # characters of a value that a message repeats
+_MAX_PLAIN = 200  # of another program's words
 _TYPES = {
     "bool": "true or false",
     "int": "an integer",
@@ -121,6 +122,12 @@ def show(value: object) -> str:
     except (TypeError, ValueError):
         text = ascii(value)
     return _cut(text)
+
+
+def show_plain(text: str) -> str:
+    """Return the beginning of what another program says, such as a library's error, in one printable line."""
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in " ".join(text.split()))
+    return line if len(line) <= _MAX_PLAIN else line[: _MAX_PLAIN - 3] + "..."
 
 
 def quote(name: str) -> str:

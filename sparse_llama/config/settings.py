@@ -7,8 +7,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from sparse_llama.config.bundled import DATASETS, MODELS
 from sparse_llama.config.layers import Layers, LayoutOfLayers
+from sparse_llama.config.paths import is_url, without_secrets
 from sparse_llama.config.rope import RopeParameters
-from sparse_llama.config.section import FrozenList, Section, either, show, suggest
+from sparse_llama.config.section import FrozenList, Section, either, only, show, suggest
 
 
 def check_model(name: str) -> str:
@@ -28,6 +29,11 @@ def check_dataset(name: str) -> str:
 def _check_name(name: str, kind: str, bundled: Iterable[str]) -> str:
     if name.strip() == "" or not name.isprintable():
         raise ValueError(f"must be a hub id, a path or {', '.join(bundled)}, got {show(name)}")
+    if is_url(name):
+        raise ValueError(
+            f"{show(without_secrets(name))} is an address; give a hub id, a path or {', '.join(bundled)}, "
+            "and a token in the environment (HF_TOKEN)"
+        )
     if name.startswith("bundled:") and name not in bundled:
         raise ValueError(f"no bundled {kind} is called {show(name)}{suggest(name, bundled)}")
     return name
@@ -51,8 +57,10 @@ class ModelSettings(Section):
     """Draw the base's weights instead of loading them, and skip the checks of a loaded base; for probes and
     tests."""
 
-    trust_remote_code: bool = False
-    """Run modelling code that the model's folder brings."""
+    trust_remote_code: Annotated[
+        bool, only(False, "adapters go onto transformers' own LLaMA, and a folder's code is never run")
+    ] = False
+    """Whether modelling code that the model's folder brings is run: never in training."""
 
     rope_parameters: RopeParameters | None = None
     """How positions turn; null is as the base's configuration says. Needed where ``seq_length`` is longer
@@ -253,7 +261,7 @@ class AttentionSettings(Section):
     backend: Literal["auto", "reference", "blockwise", "triton", "flex"] = "auto"
     """auto: the fastest exact one on this device."""
 
-    master_length: int | None = Field(default=None, ge=1)
+    master_length: int | None = Field(default=None, ge=1, lt=2**31)
     """Tokens of the master layout that shorter rows are cropped from; null is the longer of the file's and
     the flag's ``seq_length``."""
 
@@ -328,7 +336,7 @@ class TrainingSettings(Section):
 class Settings(Section):
     """The ``sparse_llama`` block."""
 
-    seq_length: int = Field(default=512, ge=2)
+    seq_length: int = Field(default=512, ge=2, lt=2**31)
     """Tokens of a row."""
 
     seed: int = Field(default=42, ge=0, lt=2**63)

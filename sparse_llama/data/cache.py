@@ -1,10 +1,10 @@
 """Rows on disk, so that a second start tokenises nothing: memory-mapped, and shared by the ranks of a host.
 
 An entry is a folder of two files: ``rows.safetensors`` and ``manifest.json``, which holds the account of its
-tokens, the size and the SHA-256 of the other. Its name is a hash of everything that the rows depend on: the
-records' text, the tokenizer's files, the settings, and the code that makes rows, so no change of any of them
-finds old rows. It is written beside its place and renamed: jobs that build one entry at the same time leave
-one of theirs, whole.
+tokens, the size of the other, and the SHA-256 of both. Its name is a hash of everything that the rows depend
+on: the records' text, the tokenizer's files, the settings, and the code that makes rows, so no change of any
+of them finds old rows. It is written beside its place and renamed: jobs that build one entry at the same time
+leave one of theirs, whole.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ class RowCache:
             manifest = {
                 "tally": asdict(encoded.tally),
                 "bytes": (unfinished / _ROWS).stat().st_size,
-                "sha256": _checksum(unfinished / _ROWS),
+                "sha256": _checksum(unfinished / _ROWS, asdict(encoded.tally)),
             }
             (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             self._publish(unfinished, self.folder / key)
@@ -163,11 +163,14 @@ def _damage(path: Path, manifest: dict[str, object], *, is_verified: bool) -> st
     found = path.stat().st_size
     if found != manifest["bytes"]:
         return f"{_ROWS} has {found:,} bytes in place of {manifest['bytes']:,}"
-    if is_verified and _checksum(path) != manifest["sha256"]:
+    if is_verified and _checksum(path, manifest["tally"]) != manifest["sha256"]:
         return f"{_ROWS} has another SHA-256 than when it was written"
     return None
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: Path, tally: object) -> str:
+    """Return the SHA-256 of the rows with the account of their tokens behind them."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        hashed = hashlib.file_digest(file, "sha256")
+    hashed.update(json.dumps(tally, sort_keys=True).encode())
+    return hashed.hexdigest()

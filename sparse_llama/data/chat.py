@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_llama.config.section import show_plain
 from sparse_llama.data.records import Example, MalformedRecordError, Message, Turn
 from sparse_llama.data.tokenizer import FAST_NAME, MODEL_NAME, Tokenizer
 from sparse_llama.errors import DataError
@@ -37,7 +38,7 @@ class ChatTokenizer:
         self.plain = plain
         self._folder = folder
         self._writer = _load_writer(folder)
-        written = self.write(_SAMPLE)
+        written = self._write_sample(_SAMPLE)
         tokens = self._writer.added_tokens_decoder
         self._marks = {
             token.content: number
@@ -79,13 +80,11 @@ class ChatTokenizer:
         Raises:
             MalformedRecordError: the template refuses it, such as a system message that it has no place for.
         """
-        from jinja2 import TemplateError  # comes with torch
-
         said = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._writer.apply_chat_template(said, tokenize=False, add_generation_prompt=is_asked)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # a template is a program: it raises what it likes
+            reason = show_plain(str(error)) or type(error).__name__
             raise MalformedRecordError(f"messages: the chat template refuses them ({reason})") from error
 
     def write_prompt(self, messages: Sequence[Message]) -> str:
@@ -127,9 +126,18 @@ class ChatTokenizer:
                     f"messages[{number}]: holds {mark!a}, which the chat template would take for its token"
                 )
 
+    def _write_sample(self, messages: Sequence[Message], *, is_asked: bool = False) -> str:
+        try:
+            return self.write(messages, is_asked=is_asked)
+        except MalformedRecordError as error:
+            raise DataError(
+                f"{_KEY}: the chat template in {self._folder} writes not even one question and answer "
+                f"({error}); {_INSTEAD}"
+            ) from error
+
     def _find_end(self, written: str) -> str:
         """Return the token behind the answer of a sample conversation."""
-        prompt = self.write(_SAMPLE[:1], is_asked=True)
+        prompt = self._write_sample(_SAMPLE[:1], is_asked=True)
         before, _, after = written.removeprefix(prompt).partition(_SAMPLE[1].content)
         if not written.startswith(prompt) or any(mark in before for mark in self._marks):
             raise DataError(
@@ -152,10 +160,10 @@ def _load_writer(folder: Path) -> Any:
     try:
         writer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         template = writer.get_chat_template() if writer.chat_template else None
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # of transformers' and tokenizers' readers, which raise bare ones too
+        reason = show_plain(str(error)) or type(error).__name__
         raise DataError(
-            f"{_KEY}: transformers cannot open the tokenizer in {folder} ({reason[:200]}); {_INSTEAD}"
+            f"{_KEY}: transformers cannot open the tokenizer in {folder} ({reason}); {_INSTEAD}"
         ) from error
     if not template:
         raise DataError(f"{_KEY}: the tokenizer in {folder} has no chat template; {_INSTEAD}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sparse_llama.config.section import show, show_plain
 from sparse_llama.data.records import Example, MalformedRecordError, parse_record, plain_text
 from sparse_llama.errors import DataError
 
@@ -146,7 +147,7 @@ def _csv_rows(path: Path, file: IO[str]) -> Iterator[Found]:
             if not row:
                 continue
             if header is None:
-                header = row
+                header = _checked_header(place, row)
             elif len(row) != len(header):
                 yield Found(place, None, f"has {len(row)} fields, the header {len(header)}")
             else:
@@ -155,19 +156,50 @@ def _csv_rows(path: Path, file: IO[str]) -> Iterator[Found]:
         raise DataError(f"{path}, line {line}: not CSV ({error})") from error
 
 
+def _checked_header(place: str, header: list[str]) -> list[str]:
+    for name in header:
+        if header.count(name) > 1:
+            raise DataError(f"{place}: has two columns called {show(name)}; keep one of them")
+    return header
+
+
 def _read_parquet(path: Path) -> Iterator[Found]:
     import pyarrow
     import pyarrow.parquet  # comes with datasets; 0.3 s to import
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # checksums are optional in the format: where pages have them, flipped bits are found
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    yield parse_found(f"{path}, record {number}", record)
+                for record in _records_of(batch):
+                    place = f"{path}, record {number}"
+                    is_read = not isinstance(record, Exception)
+                    yield parse_found(place, record) if is_read else Found(place, None, _unreadable(record))
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a complete Parquet file ({str(error).splitlines()[0]})") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        reason = show_plain(str(error))
+        raise DataError(f"{path}: not a complete Parquet file ({reason}); copy it again") from error
+
+
+def _records_of(batch: Any) -> list[Any]:
+    """Return the records of an Arrow batch; in place of one with a value that Python cannot hold, the error:
+    Arrow stores bytes that are no UTF-8 as text, and times beyond the year 9999."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        pass
+    found: list[Any] = []
+    for number in range(len(batch)):
+        try:
+            found += batch.slice(number, 1).to_pylist()
+        except (ValueError, OverflowError) as error:
+            found.append(error)
+    return found
+
+
+def _unreadable(error: Exception) -> str:
+    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else show_plain(str(error))
 
 
 def _read_txt(path: Path) -> Iterator[Found]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sparse_llama.config.section import quote, show_plain
 from sparse_llama.config.settings import TemplateName
 from sparse_llama.data.prompt import alpaca_prompt, next_turn_prompt
 
@@ -90,7 +91,7 @@ def parse_record(record: object) -> Example:
     """
     if not isinstance(record, Mapping):
         raise MalformedRecordError(f"must be an object, got {type(record).__name__}")
-    category = None if record.get("category") in (None, "") else str(record["category"])
+    category = None if record.get("category") in (None, "") else show_plain(str(record["category"]))
     for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if key in record:
             turns, messages = _turns(record[key], key, role, content)
@@ -105,8 +106,8 @@ def parse_record(record: object) -> Example:
             return Example((turn,), category, (asked, Message("assistant", response)))
     elif "text" in record:
         return plain_text(_required(record, "text"))
-    found = ", ".join(sorted(map(str, record))) or "none"
-    raise MalformedRecordError(f"columns are {found[:200]}; expected {_SCHEMAS}")
+    found = show_plain(", ".join(sorted(map(str, record)))) or "none"
+    raise MalformedRecordError(f"columns are {found}; expected {_SCHEMAS}")
 
 
 def _turns(
@@ -134,8 +135,8 @@ def _turns(
             waiting = ""
         else:
             raise MalformedRecordError(
-                f"{where}.{role_key}: {message.get(role_key)!a} cannot stand here; user and assistant take "
-                "turns, after at most one system message"
+                f"{where}.{role_key}: {quote(str(message.get(role_key)))} cannot stand here; user and "
+                "assistant take turns, after at most one system message"
             )
         said.append(Message(role, content))
     if not turns:

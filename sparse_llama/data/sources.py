@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llama.config.bundled import resolve_bundled
-from sparse_llama.config.paths import expand, is_file, is_folder
+from sparse_llama.config.paths import expand, is_file, is_folder, without_secrets
 from sparse_llama.config.section import show
 from sparse_llama.data.files import READERS, Found, parse_found, read_file
 from sparse_llama.errors import DataError
@@ -59,12 +59,17 @@ def open_source(
         return Source(read_file(path), name)
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
     if not is_hub_id or path.suffix.lower() in READERS:
-        raise DataError(f"{name}: no such file or folder; give a file, a folder, or a hub id (owner/name)")
+        shown = without_secrets(name)
+        raise DataError(f"{shown}: no such file or folder; give a file, a folder, or a hub id (owner/name)")
     return _open_hub(name, asked)
 
 
 def _open_folder(name: str, folder: Path, asked: tuple[str | None, str | None]) -> Source:
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in READERS}
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{name}: the folder cannot be read ({error.strerror})") from error
+    files = {path.name: path for path in found if path.suffix.lower() in READERS}
     training, held_out = _choose_parts(name, list(files), asked)
     if not training and asked[1] is None:
         raise DataError(
@@ -131,7 +136,13 @@ def _chain(files: Iterable[Path]) -> Iterator[Found]:
 def _open_hub(name: str, asked: tuple[str | None, str | None]) -> Source:
     from datasets import load_dataset  # 1 s to import, and files need none of it
     from datasets.exceptions import DatasetsError
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise DataError(
+            f"{name}: no data set but a way to read files, those of the working directory; name a file, a "
+            "folder, or a hub id (owner/name)"
+        )
     try:
         splits: Any = load_dataset(name)
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:

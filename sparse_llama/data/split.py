@@ -110,8 +110,11 @@ def _take(
     records: Iterator[Found], name: str, data: DataSettings, ledger: Ledger, tokenizer: Tokenizer | None
 ) -> list[Example]:
     """Return the well-formed examples; note the others, up to the limit."""
-    remedy = "repair the data, or raise sparse_llama.data.max_malformed"
+    remedy, known = "repair the data, or raise sparse_llama.data.max_malformed", len(ledger.malformed)
     examples = take_examples(write_records(records, tokenizer), ledger.malformed, data.max_malformed, remedy)
     if not examples:
-        raise DataError(f"{name}: no records")
+        lost = ledger.malformed[known:]
+        raise DataError(
+            f"{name}: no records" + (f"; {len(lost)} are malformed, first {lost[0]}" if lost else "")
+        )
     return examples

@@ -8,12 +8,14 @@ Special tokens that occur in text, such as ``</s>``, are text: a data set cannot
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 
+from sparse_llama.config.paths import is_file
+from sparse_llama.config.section import show_plain
+from sparse_llama.config.tables import read_table
 from sparse_llama.errors import DataError
 
 MODEL_NAME, FAST_NAME = "tokenizer.model", "tokenizer.json"
@@ -101,7 +103,13 @@ class FastTokenizer:
                 'name it there as "eos_token"'
             )
         self.eos_id: int = eos_id
-        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        for name, token in (("bos", self.bos_id), ("eos", self.eos_id)):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise DataError(
+                    f"{path}: has {self.vocab_size} tokens, and {name}_token_id in config.json is {token}; "
+                    "they are of two models"
+                )
         self._path = path
 
     @property
@@ -125,7 +133,7 @@ class FastTokenizer:
             return self._tokenizer.token_to_id(token)
         named = _table(folder / "config.json").get(f"{name}_token_id")
         first = named[0] if isinstance(named, list) and named else named
-        return first if isinstance(first, int) else None
+        return first if type(first) is int else None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -134,9 +142,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         DataError: there is none, or it is damaged.
     """
-    if (folder / MODEL_NAME).is_file():
+    if is_file(folder / MODEL_NAME):
         return SentencePieceTokenizer(folder / MODEL_NAME)
-    if (folder / FAST_NAME).is_file():
+    if is_file(folder / FAST_NAME):
         return FastTokenizer(folder / FAST_NAME)
     raise DataError(f"{folder}: no tokenizer; expected {MODEL_NAME} or {FAST_NAME} beside the weights")
 
@@ -160,11 +168,10 @@ def _fingerprint(path: Path, bos_id: int | None, eos_id: int) -> str:
 
 def _table(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_table(path, DataError)
+    except FileNotFoundError:
         return {}
-    return table if isinstance(table, dict) else {}
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+    return show_plain(str(error).strip().split("\n", 1)[0])

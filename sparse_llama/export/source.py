@@ -12,8 +12,8 @@ from sparse_llama.adapters.weights import AdapterFile, BaseModelReference
 from sparse_llama.errors import CheckpointError
 from sparse_llama.export.merged import sparse_ones
 from sparse_llama.layouts import Layout
+from sparse_llama.model.configuration import read_config
 from sparse_llama.model.files import resolve_model
-from sparse_llama.model.llama import read_config
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer
 
+from sparse_llama.config.tables import read_table
 from sparse_llama.data.fast_tokenizer import begin_with, write_fast_tokenizer
 from sparse_llama.data.tokenizer import FAST_NAME, MODEL_NAME, Tokenizer, load_tokenizer
 from sparse_llama.errors import ExportError
@@ -131,7 +132,6 @@ def _chat_template(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ExportError(f"{path}: not JSON ({error}); copy the base's tokenizer again") from error
-    return document if isinstance(document, dict) else {}
+        return read_table(path, ExportError, remedy="copy the base's tokenizer again")
+    except FileNotFoundError:
+        return {}

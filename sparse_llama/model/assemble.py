@@ -31,14 +31,15 @@ from sparse_llama.config.layers import LayerSparsities
 from sparse_llama.config.rope import FixedRopeParameters
 from sparse_llama.config.settings import AdapterSettings, MemorySettings, Settings, TemplateName
 from sparse_llama.data.template import with_template
-from sparse_llama.data.tokenizer import Tokenizer, load_tokenizer
+from sparse_llama.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from sparse_llama.distributed.sequence import SequenceParallel
 from sparse_llama.errors import CheckpointError, ConfigError, ModelError
 from sparse_llama.memory.checkpointing import checkpoint_layers
 from sparse_llama.memory.head_groups import group_heads
 from sparse_llama.memory.tiles import tile_layers
+from sparse_llama.model.configuration import read_config, read_config_json
 from sparse_llama.model.files import resolve_model
-from sparse_llama.model.llama import load_llama, read_config, read_config_json
+from sparse_llama.model.llama import load_llama
 from sparse_llama.model.rope import Positions, describe_positions, run_positions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,6 +107,9 @@ def assemble(
     """
     base = read_config(resolve_model(settings.model.path, settings.model.revision))
     positions = run_positions(base, settings)
+    stored = None
+    if settings.training.init_adapter is not None:  # a small file: what is wrong with it is known at once
+        stored = _read_start(settings, base, positions, layouts)
     loaded = load_llama(
         settings.model.path,
         dtype=dtype,
@@ -118,8 +122,7 @@ def assemble(
     )
     plan = plan_of_run(settings, layouts, loaded.model.config, sequence=sequence)
     adapter, start, notices = settings.adapter, None, (*loaded.notices, *positions.notices)
-    if settings.training.init_adapter is not None:
-        stored = _read_start(settings, base, positions, layouts)
+    if stored is not None:
         adapter, start, notices = stored.file.adapter, stored.tensors, (*notices, *stored.notices)
     said = add_parts(
         loaded.model, plan, adapter, settings.memory, checkpointing, seed=settings.seed, dtype=dtype
@@ -219,11 +222,12 @@ def open_model(
             model, folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         return _with_template(opened, template, trained=trained)
+    tokenizer = _fitting_tokenizer(folder, read_config(folder))
     llama = load_llama(str(folder), dtype=dtype, device=device).model
     plan = AttentionPlan((None,) * llama.config.num_hidden_layers)
     attach_attention(llama, plan)
     llama.requires_grad_(False)
-    opened = OpenedModel(llama, load_tokenizer(folder), None, model, folder, plan)
+    opened = OpenedModel(llama, tokenizer, None, model, folder, plan)
     return _with_template(opened, template, trained=trained)
 
 
@@ -298,6 +302,7 @@ def _open_adapted(
     stored = read_adapter(source, config, base_model=base)
     file, computed_in = stored.file, dtype or getattr(torch, stored.file.dtype)
     config = with_rotation(config, file.rope_parameters, file.seq_length)
+    tokenizer = _fitting_tokenizer(folder, config)
     loaded = load_llama(str(folder), dtype=computed_in, device=device, config=config)
     plan = plan_of_adapter(file, loaded.model.config)
     if dense_attention:
@@ -309,10 +314,23 @@ def _open_adapted(
     apply_adapter(loaded.model, stored.tensors, source=str(adapter))
     loaded.model.eval()
     description = f"{base.path} + {adapter}"
-    tokenizer = load_tokenizer(folder)
     return OpenedModel(
-        loaded.model, tokenizer, file, description, folder, plan, stored.notices, file.template
+        loaded.model,
+        tokenizer,
+        file,
+        description,
+        folder,
+        plan,
+        (*loaded.notices, *stored.notices),
+        file.template,
     )
+
+
+def _fitting_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
+    """Return a base's tokenizer, every id of which the base has an embedding for."""
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size)
+    return tokenizer
 
 
 def _open_with_code(

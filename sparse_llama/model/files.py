@@ -4,8 +4,6 @@ Two formats: ``safetensors``, and ``.bin`` shards read with ``weights_only=True`
 a tensor costs host memory only while it is copied.
 """
 
-import json
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sparse_llama.adapters.interop.files import load_plain
 from sparse_llama.config.bundled import resolve_bundled
-from sparse_llama.config.paths import expand, is_folder
-from sparse_llama.errors import ModelError
+from sparse_llama.config.paths import expand, is_file, is_folder, without_secrets
+from sparse_llama.config.section import quote, show_plain
+from sparse_llama.config.tables import read_table
+from sparse_llama.errors import CheckpointError, ModelError
 
 _SAFETENSORS, _BIN = "safetensors", "bin"
 _SMALL_FILES = ["*.json", "*.model", "*.py", "*.txt", "*.jinja"]
@@ -51,7 +52,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         return folder
     if not _is_hub_id(model):
         raise ModelError(
-            f"{model}: no such folder; give a local folder, a hub id (owner/name) or bundled:tiny-llama"
+            f"{without_secrets(model)}: no such folder; give a local folder, a hub id (owner/name) or "
+            "bundled:tiny-llama"
         )
     return _download(model, revision)
 
@@ -125,15 +127,21 @@ def _shards(folder: Path) -> tuple[str, list[Path]]:
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index}: not an index of shards ({type(error).__name__}: {error})") from error
-    missing = [name for name in names if not (folder / name).is_file()]
+    """Return the shards that ``index`` names, all of them beside it: no file elsewhere is read because a
+    download says so."""
+    table = read_table(index, ModelError, remedy="download it again").get("weight_map")
+    files = list(table.values()) if isinstance(table, dict) else []
+    if not files or not all(isinstance(name, str) for name in files):
+        raise ModelError(f"{index}: not an index of shards (no weight_map); download it again")
+    names = sorted(set(files))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index}: names a shard {quote(name)} that is not beside it; download it again")
+    missing = [name for name in names if not is_file(folder / name)]
     if missing:
         raise ModelError(
-            f"{folder}: {len(missing)} of {len(names)} shards are missing (first {missing[0]}); finish the "
-            "download"
+            f"{folder}: {len(missing)} of {len(names)} shards are missing (first {show_plain(missing[0])}); "
+            "finish the download"
         )
     return [folder / name for name in names]
 
@@ -144,25 +152,19 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a complete safetensors file ({error}); download it again") from error
+        reason = show_plain(str(error))
+        raise ModelError(f"{path}: not a complete safetensors file ({reason}); download it again") from error
 
 
 def _read_bin(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
-        tensors = _load_bin(path)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"{path}: not a complete file of tensors ({reason}); download it again") from error
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+        tensors = load_plain(path)
+    except CheckpointError as error:
+        raise ModelError(str(error)) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()
+    ):
         raise ModelError(
             f"{path}: holds a {type(tensors).__name__} that is not a table of tensors; expected a state dict"
         )
     yield from tensors.items()
-
-
-def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    # torch's format before 1.6 is no zip archive and cannot be mapped: that one shard is in memory while it
-    # is read
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

@@ -6,7 +6,6 @@ V. So a missing, unexpected or misshapen tensor ends the run here, and ``model/c
 logits and loss.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,11 +17,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from sparse_llama.config.section import show_plain
 from sparse_llama.distributed.ranks import is_main
 from sparse_llama.errors import ModelError
+from sparse_llama.model.configuration import read_config
 from sparse_llama.model.files import checkpoint_tensors, resolve_model
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HARMLESS = (
     "rotary_emb.inv_freq"  # a buffer that older transformers saved; it is computed from the configuration
 )
@@ -63,47 +65,28 @@ def load_llama(
     """
     folder = resolve_model(path, revision)
     config = read_config(folder) if config is None else config
+    if not random_weights:
+        _check(config, _tensors_of(config, folder), source=folder)
     model = _construct(config, dtype=dtype, device=torch.device(device), zero3_config=zero3_config)
     if random_weights:
-        _fill(model, _random_tensors(model, seed), source=folder)
+        _fill(model, _random_tensors(model, seed))
         notice = (
             f"{path}: RANDOM weights, seed {seed} (sparse_llama.model.random_weights); "
             "the checks of the base are off"
         )
-        return LoadedLlama(model, folder, (notice,))
-    _fill(model, _without_known_extras(checkpoint_tensors(folder), config, folder), source=folder)
-    return LoadedLlama(model, folder)
+        return LoadedLlama(model, folder, (*_code_notice(config, folder), notice))
+    _fill(model, _tensors_of(config, folder))
+    return LoadedLlama(model, folder, _code_notice(config, folder))
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """Return the configuration of the LLaMA in ``folder``, or raise ModelError if it is something else."""
-    document = read_config_json(folder)
-    if document.get("model_type") != "llama":
-        raise ModelError(
-            f'{folder / "config.json"}: model_type is {document.get("model_type")!r}; only "llama" can be '
-            "adapted"
-        )
-    if document.get("quantization_config"):
-        raise ModelError(
-            f"{folder / 'config.json'}: the weights are quantized; give the model they were quantized from"
-        )
-    return LlamaConfig.from_dict(document)
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """Return ``config.json`` of ``folder`` as a table."""
-    path = folder / "config.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{folder}: no config.json; a model folder holds config.json, weights and a tokenizer"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise ModelError(f"{path}: holds a {type(document).__name__}; expected a table")
-    return document
+def _code_notice(config: LlamaConfig, folder: Path) -> tuple[str, ...]:
+    """Return what to say of a LLaMA that brings code of its own, as some do for a faster attention."""
+    if not getattr(config, "auto_map", None):
+        return ()
+    return (
+        f"{folder}: brings modelling code (auto_map in config.json), which is not run; it is opened as "
+        "transformers' LLaMA",
+    )
 
 
 def _construct(
@@ -137,34 +120,40 @@ def _partitioning(zero3_config: dict[str, Any], dtype: torch.dtype) -> AbstractC
     return context
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], *, source: Path) -> None:
-    """Copy ``tensors`` into the parameters of the same names; raise ModelError unless they are the same
-    set."""
-    parameters = dict(model.named_parameters())  # a tied weight once, under its first name
-    wanted = set(parameters)
+def _check(config: LlamaConfig, tensors: Iterator[tuple[str, torch.Tensor]], *, source: Path) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model, before the model takes any memory; the
+    tensors are mapped, so that no weight is read for it.
+
+    Raises:
+        ModelError: one is missing, unknown, given twice, of another shape or of no floating-point type.
+    """
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied weight once
+    wanted = set(shapes)
     unexpected: list[str] = []
     for name, tensor in tensors:
-        parameter = parameters.get(name)
-        if parameter is None:
+        if name not in shapes:
             unexpected.append(name)
             continue
         if name not in wanted:
             raise ModelError(f"{source}: {name} is in two shards; download the checkpoint again")
         wanted.remove(name)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        if tensor.shape != shape:
+        if tensor.shape != shapes[name]:
             raise ModelError(
-                f"{source}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}; they are "
-                "of two models"
+                f"{source}: {name} has shape {list(tensor.shape)}, config.json says {list(shapes[name])}; "
+                "they are of two models"
             )
-        with _whole(parameter):
-            if not hasattr(parameter, "ds_id") or is_main():
-                parameter.copy_(tensor)
+        if tensor.dtype not in _FLOATS:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{source}: {name} is {dtype}; a base's weights are bfloat16, float16 or float32: give the "
+                "model that it was made from"
+            )
     missing = sorted(wanted)
     if missing or unexpected:
         found = [
-            f"{len(names)} tensors {word} (first {names[0]})"
+            f"{len(names)} tensors {word} (first {show_plain(names[0])})"
             for names, word in ((missing, "missing"), (unexpected, "unexpected"))
             if names
         ]
@@ -172,6 +161,17 @@ def _fill(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], *, sour
             f"{source}: {' and '.join(found)}; the checkpoint is not of the model in config.json "
             "(is it an adapter, a renamed or a partial checkpoint?)"
         )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Copy ``tensors``, which are all of the model's, into its parameters."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameter = parameters[name]
+        with _whole(parameter):
+            if not hasattr(parameter, "ds_id") or is_main():
+                parameter.copy_(tensor)
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
@@ -184,13 +184,11 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     return GatheredParameters([parameter], modifier_rank=0)
 
 
-def _without_known_extras(
-    tensors: Iterator[tuple[str, torch.Tensor]], config: LlamaConfig, folder: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield ``tensors`` without rotary frequencies and without the head of a model whose embedding is its
-    head."""
+def _tensors_of(config: LlamaConfig, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the checkpoint's tensors, without rotary frequencies and without the head of a model whose
+    embedding is its head."""
     tied: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors:
+    for name, tensor in checkpoint_tensors(folder):
         if config.tie_word_embeddings and name in (_EMBEDDING, _HEAD):
             tied[name] = tensor
         is_tied_head = config.tie_word_embeddings and name == _HEAD

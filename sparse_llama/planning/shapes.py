@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 from sparse_llama.config.paths import expand, is_folder
 from sparse_llama.config.settings import ModelSettings
 from sparse_llama.errors import ModelError
+from sparse_llama.model.configuration import read_config
 from sparse_llama.model.files import resolve_model
-from sparse_llama.model.llama import read_config
 
 
 @dataclass(frozen=True)

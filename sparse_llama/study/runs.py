@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_llama.benchmark.provenance import Provenance
+from sparse_llama.config.deepspeed import check_document
 from sparse_llama.config.document import read_document
 from sparse_llama.config.run import EMBEDDED, Overrides, Run, load_run
 from sparse_llama.errors import ConfigError
@@ -103,6 +104,10 @@ class Study:
         return path
 
     def _resolve(self, run: StudyRun, *, is_anew: bool) -> Run:
+        try:  # before the document is written: what has no place in a file, such as a key, must not get there
+            check_document(self._content(run, None))
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: run {run.name}: {error}") from None
         path = self.write_document(run, is_anew=is_anew)
         flags = Overrides(output_dir=self.folder_of(run))
         try:

@@ -27,8 +27,8 @@ from sparse_llama.distributed.sequence import join_sequence_group
 from sparse_llama.generation import encode_prompt, longest_sequence
 from sparse_llama.model.assemble import DTYPES, Assembled, assemble
 from sparse_llama.model.checks import check_logits
+from sparse_llama.model.configuration import read_config
 from sparse_llama.model.files import resolve_model
-from sparse_llama.model.llama import read_config
 from sparse_llama.model.objective import TokenLoss
 from sparse_llama.model.rope import run_positions
 from sparse_llama.training.checkpoint import check_tensors

@@ -1,12 +1,12 @@
 """Other programs' own adapters, merged: the folder computes what those programs computed."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
-from exported_runs import BUNDLED, open_export
+from exported_runs import open_export
 from oracles.masked_attention import relative_error
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +41,17 @@ def write_base(golden: Path, name: str, folder: Path) -> None:
     model = LlamaForCausalLM(config)
     model.load_state_dict(load_file(golden / f"{'peft_gqa_' * is_gqa}base_hf.safetensors"))
     model.save_pretrained(folder)
-    shutil.copyfile(BUNDLED / "tokenizer.model", folder / "tokenizer.model")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            ["A few words, to have a tokenizer no larger than the base's 128 tokens."] * 9
+        ),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=40,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
 
 
 @pytest.mark.parametrize("name", LIMITS)

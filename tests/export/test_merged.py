@@ -248,7 +248,7 @@ from pathlib import Path
 from sparse_llama.adapters.weights import read_adapter_folder
 from sparse_llama.export.merged import plan_merge
 from sparse_llama.export.write import _write_model
-from sparse_llama.model.llama import read_config
+from sparse_llama.model.configuration import read_config
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 base, adapter, out = map(Path, sys.argv[1:])
 file, tensors = read_adapter_folder(adapter)

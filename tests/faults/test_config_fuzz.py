@@ -190,6 +190,32 @@ def test_a_changed_study_is_one_that_could_start_or_refused_in_one_line_that_nam
     faults_record("study: keys, values and text", injected=amount // 3, survived=amount // 3)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if processes_of(path) == 1], ids=lambda path: path.stem
+)
+def test_deepspeed_takes_every_changed_document_that_is_a_run(
+    document: Path, tmp_path: Path, faults_record: FaultsRecord
+):
+    """Else the run would end in DeepSpeed's traceback once the model is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # seconds, and the others need none of it
+
+    from sparse_llama.training.engine import engine_config
+
+    rng, plain, file = random.Random(25), without_comments(document), tmp_path / "mine.json"
+    flags, num_taken = Overrides(output_dir=tmp_path / "out"), 0
+    for _ in range(MANY):
+        file.write_bytes(as_bytes(mutated(plain, rng)))
+        try:
+            run = load_run(file, flags, 1, is_here=False)
+        except ConfigError:
+            continue
+        DeepSpeedConfig(engine_config(run))
+        num_taken += 1
+    assert num_taken > 20
+    faults_record("configuration: accepted, then DeepSpeed's", injected=num_taken, survived=num_taken)
+
+
 def odd_files(folder: Path) -> dict[str, Path]:
     """Return what may be where a document is looked for, by what it is."""
     (folder / "text").write_text("{}", encoding="utf-8")

@@ -182,13 +182,13 @@ def test_a_truncated_file_is_refused(checkpoint, kind):
     folder = checkpoint(kind)
     path = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])[-1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert "not a complete" in refusal(folder)
+    assert "not a complete safetensors file" in (said := refusal(folder)) or "or not all of it" in said
 
 
 def test_a_bin_file_with_code_in_it_is_not_run(checkpoint, tmp_path):
     folder = checkpoint("bin shards")
     torch.save({"model.norm.weight": Path("/")}, folder / "pytorch_model-00001-of-00002.bin")
-    assert "not a complete file of tensors" in refusal(folder)
+    assert "holds a pathlib.PosixPath, which only code in the file could make" in refusal(folder)
 
 
 def test_another_architecture_is_refused(tmp_path):

@@ -213,11 +213,11 @@ def _count_adapted(
 
 
 def _stated_length(stored: StoredAdapter) -> int | None:
-    config = stored.beside.get("config")
+    config, told = stored.beside.get("config"), stored.tensors.get(_LENGTH)
     found = [
         getattr(stored.beside.get("args"), "adapter_len", None),
         config.get("query_len") if isinstance(config, Mapping) else None,
-        int(stored.tensors[_LENGTH]) if _LENGTH in stored.tensors else None,
+        None if told is None or told.numel() != 1 else int(told),
     ]
     return next((length for length in found if isinstance(length, int) and length > 0), None)
 

@@ -110,6 +110,12 @@ def complete(
     Raises:
         CheckpointError: they are of no settings: something is missing, or of another base.
     """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{source}: {name} is {dtype}, an adapter's tensors are floats; copy it again"
+            )
     settings = _settings_of(tensors, base, source, gate_activation)
     check(settings, tensors, base, source=source)
     return settings, {

@@ -59,7 +59,7 @@ def read(stored: StoredAdapter, base: LlamaConfig) -> ForeignAdapter:
             )
         layer = int(found[1])
         if found[2] == "prompt":
-            ours[prompt_name(layer)] = tensor.reshape(-1, tensor.shape[-1])  # (1, P, C) -> (P, C)
+            ours[prompt_name(layer)] = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor  # (1, P, C)
         else:
             ours[gate_name(layer)] = tensor.flatten()
     settings, tensors = complete(ours, base, source=source)
