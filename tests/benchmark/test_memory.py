@@ -132,6 +132,7 @@ def test_others_train_as_their_users_train(kind: str):
         assert [one.shape for one in reached] == [(1, 64, C)]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_a_process_is_a_result_that_says_where(tmp_path: Path):
     """400 MB of logits within 128 MiB, where the weights and all else have room."""
     order = {"kind": "transformers", "shape": asdict(replace(SHAPE, vocabulary=100_000))}

@@ -42,6 +42,7 @@ def rows(printed: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_demo_is_planned_for_this_machine_in_a_process_of_its_own(tmp_path: Path):
     """On a CPU build of PyTorch too, where a fake CUDA tensor would end the process."""
     file = tmp_path / "plan.json"

@@ -112,7 +112,7 @@ def test_an_older_checkpoint_resumed_from_becomes_the_newest(saved: Path):
     assert (folder / LATEST).read_text(encoding="utf-8").strip() == "step_000002"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.faults)])
 def test_a_save_that_fails_is_said_and_the_run_goes_on(
     train: Train,
     plain_run: Train,
@@ -143,6 +143,7 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on(
     assert not [path for path in (run / "checkpoints").iterdir() if "unfinished" in path.name]
 
 
+@pytest.mark.faults
 def test_a_last_save_that_fails_ends_the_run_with_what_there_is(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -181,6 +182,7 @@ def test_a_save_that_is_not_what_was_written_is_not_announced(
     assert names(tmp_path / "run") == []
 
 
+@pytest.mark.faults
 def test_a_flipped_bit_between_writing_and_reading_back_is_noticed(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ):

@@ -82,6 +82,7 @@ def test_a_loss_worse_than_guessing_is_borne_for_so_many_steps(
             train("other", sparse_llama=patient)
 
 
+@pytest.mark.faults
 def test_a_run_that_ends_badly_is_not_saved_whatever_the_patience(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -127,6 +128,7 @@ def test_a_gradient_that_is_no_number_is_noticed_where_the_loss_is_one(
     assert names(tmp_path / "run")[-1] == "step_000002"
 
 
+@pytest.mark.faults
 def test_where_deepspeed_leaves_such_an_update_out_the_run_goes_on(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -139,6 +141,7 @@ def test_where_deepspeed_leaves_such_an_update_out_the_run_goes_on(
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
+@pytest.mark.faults
 def test_a_run_that_is_stopped_while_it_diverges_saves_nothing_of_that(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

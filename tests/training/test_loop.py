@@ -18,7 +18,7 @@ Train = Callable[..., Path]
 BF16 = {"bf16": {"enabled": True}}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_every_stage_follows_the_loss_curve_of_stage_0_in_fp32(train: Train, plain_run: Train, stage: int):
     steps = {"sparse_llama": {"training": {"steps": 20}}}
     reference = losses(plain_run(**steps))
@@ -28,7 +28,7 @@ def test_every_stage_follows_the_loss_curve_of_stage_0_in_fp32(train: Train, pla
     assert curve[-1] < 0.9 * curve[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_every_stage_follows_the_loss_curve_of_stage_0_in_bf16(train: Train, plain_run: Train, stage: int):
     steps = {"sparse_llama": {"training": {"steps": 10}}}
     reference = losses(plain_run(**BF16, **steps))
@@ -57,7 +57,7 @@ def test_checkpointed_activations_change_no_loss(train: Train, plain_run: Train)
     assert losses(train("checkpointed", activation_checkpointing={})) == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, {}), (2, BF16), (3, {})])
+@pytest.mark.parametrize(("stage", "precision"), [(2, BF16), (3, {})])
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(train: Train, stage: int, precision: dict):
     zero = {"zero_optimization": {"stage": stage}}
     whole = train("whole", sparse_llama={"training": {"steps": 6, "save_every": 3}}, **zero, **precision)
