@@ -17,7 +17,7 @@ from sparse_llama.config.layers import Layers, LayerSparsities, LayoutOfLayers, 
 from sparse_llama.config.paths import is_file
 from sparse_llama.config.rope import FixedRopeParameters
 from sparse_llama.config.section import FrozenList, Section, quote, show, show_plain
-from sparse_llama.config.settings import AdapterSettings, TemplateName
+from sparse_llama.config.settings import MOST_TOKENS, AdapterSettings, TemplateName
 from sparse_llama.config.tables import read_table
 from sparse_llama.errors import CheckpointError, SparseLlamaError
 
@@ -44,11 +44,11 @@ class AdapterFile(Section):
     layer_layouts: Annotated[tuple[LayoutOfLayers, ...], FrozenList] = ()
     """Layouts of some layers in its place, and ``dense_layers``: see ``config/layers.py``."""
     dense_layers: Layers | None = None
-    master_length: int = Field(ge=1, lt=2**31)
+    master_length: int = Field(ge=1, le=MOST_TOKENS)
     """Tokens of the master layout that shorter sequences are cropped from."""
     seed: int = Field(ge=0, lt=2**63)
     """Of random blocks and of the prompts' initial values."""
-    seq_length: int = Field(ge=1, lt=2**31)
+    seq_length: int = Field(ge=1, le=MOST_TOKENS)
     rope_parameters: FixedRopeParameters | None = None
     """The rotary settings that it was trained with, in transformers' keys; None is the base's own."""
     template: TemplateName = "alpaca"

@@ -39,6 +39,8 @@ def _check_name(name: str, kind: str, bundled: Iterable[str]) -> str:
     return name
 
 
+MOST_TOKENS = 2**27
+"""Of a row: beyond it, positions and offsets would be the limit, and the layout alone would fill a host."""
 TemplateName = Literal["alpaca", "tokenizer"]
 ModelName = Annotated[str, AfterValidator(check_model)]
 DatasetName = Annotated[str, AfterValidator(check_dataset)]
@@ -261,7 +263,7 @@ class AttentionSettings(Section):
     backend: Literal["auto", "reference", "blockwise", "triton", "flex"] = "auto"
     """auto: the fastest exact one on this device."""
 
-    master_length: int | None = Field(default=None, ge=1, lt=2**31)
+    master_length: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Tokens of the master layout that shorter rows are cropped from; null is the longer of the file's and
     the flag's ``seq_length``."""
 
@@ -336,7 +338,7 @@ class TrainingSettings(Section):
 class Settings(Section):
     """The ``sparse_llama`` block."""
 
-    seq_length: int = Field(default=512, ge=2, lt=2**31)
+    seq_length: int = Field(default=512, ge=2, le=MOST_TOKENS)
     """Tokens of a row."""
 
     seed: int = Field(default=42, ge=0, lt=2**63)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 from transformers import LlamaConfig
 
 from sparse_llama.config.run import Run
+from sparse_llama.config.settings import MOST_TOKENS
 from sparse_llama.planning.estimate import Estimate, Place, estimate
 from sparse_llama.planning.hardware import Hardware
 from sparse_llama.planning.roofline import plan_of
 
 PLACES: tuple[Place, ...] = ("gpu", "host", "disk")
-MOST_TOKENS = 2**27
-"""Where a search ends: beyond it, positions and offsets would be the limit."""
 _STEP = 64  # tokens, and a multiple of the layout's block
 
 Estimator = Callable[..., Estimate]

@@ -422,7 +422,7 @@ BROKEN_ADAPTERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a length beyond reason": (
         lambda f: _change(f / "adapter" / "adapter_config.json", master_length=2**40),
-        "master_length: must be < 2147483648",
+        "master_length: must be <= 134217728",
     ),
     "of a wider base": (
         lambda f: _change(f / "model" / "config.json", hidden_size=32),
