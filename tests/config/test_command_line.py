@@ -66,14 +66,15 @@ def test_every_field_of_the_overrides_has_its_flag_and_its_type():
         "--adapter=v1", "--model=m", "--dataset=d", "--output_dir=o", "--steps=2", "--epochs=3", "--lr=1e-4",
         "--seed=5", "--resume=r", "--overwrite", "--checkpointing=nvme", "--number_checkpoints=6",
         "--loss_tile=7", "--mlp_tile=8", "--norm_tile=9", "--head_groups=4", "--micro_batch_size=2",
-        "--rope=yarn",
+        "--rope=yarn", "--save_every=11", "--time_budget_s=12.5",
     ]  # fmt: skip
     parsed = cli.overrides(cli.train_parser(None).parse_args(arguments))
     assert parsed == Overrides(
         zero_stage=3, offload="nvme", nvme_path=Path("/drive"), seq_length=64, attention="sparse",
         adapter="v1", model="m", dataset="d", output_dir=Path("o"), steps=2, epochs=3, lr=1e-4, seed=5,
         resume=Path("r"), overwrite=True, checkpointing="nvme", number_checkpoints=6, loss_tile=7,
-        mlp_tile=8, norm_tile=9, head_groups=4, micro_batch_size=2, rope="yarn",
+        mlp_tile=8, norm_tile=9, head_groups=4, micro_batch_size=2, rope="yarn", save_every=11,
+        time_budget_s=12.5,
     )  # fmt: skip
     assert None not in vars(parsed).values()
     assert cli.overrides(cli.train_parser(None).parse_args([])) == Overrides()
