@@ -36,7 +36,7 @@ from sparse_llama.training.out_of_memory import (
     is_out_of_memory,
     release,
 )
-from sparse_llama.training.output import publish_adapter, sole_user, writing
+from sparse_llama.training.output import OutputFolder, publish_adapter, writing
 from sparse_llama.training.progress import TrainingProgress
 from sparse_llama.training.resuming import find_start, resume
 from sparse_llama.training.retries import forget_retries, read_retries
@@ -65,8 +65,8 @@ def fit(run: Run, *, num_retries: int = 0) -> None:
     ranks.initialize()
     try:
         check_agreement(lambda: agreed_configuration(run))
-        with sole_user(run.output_dir):
-            shortage = _fit(run, num_retries, started_s)
+        with OutputFolder(run.output_dir) as folder:
+            shortage = _fit(run, folder, num_retries, started_s)
     except RuntimeError as error:
         if (words := words_of_lost_rank(error)) is None:
             raise
@@ -77,7 +77,7 @@ def fit(run: Run, *, num_retries: int = 0) -> None:
         raise RunOutOfMemoryError(shortage)
 
 
-def _fit(run: Run, num_retries: int, started_s: float) -> Shortage | None:
+def _fit(run: Run, folder: OutputFolder, num_retries: int, started_s: float) -> Shortage | None:
     """Do the run; return what is known of the memory that ran out, if it did."""
     console = plain_console(is_quiet=not ranks.is_main())
     moment, baseline_bytes = Moment("preparing the run"), private_bytes()
@@ -86,6 +86,7 @@ def _fit(run: Run, num_retries: int, started_s: float) -> Shortage | None:
         start = find_start(run)
         session = prepare(run, console)
         check_agreement(lambda: agreed_session(session, start))
+        folder.take()
         position = _begin(session, num_retries) if start is None else resume(session, start, console)
         _record(session)
         saves = Saves(session, console, moment)

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
 
 from sparse_llama.adapters.weights import CONFIG_NAME, WEIGHTS_NAME
 from sparse_llama.distributed import ranks
@@ -14,32 +16,52 @@ from sparse_llama.training.durable import remove
 _LOCK = ".lock"
 
 
-@contextmanager
-def sole_user(output_dir: Path) -> Iterator[None]:
-    """Keep other runs out of the folder meanwhile: two that write to one leave neither whole.
+class OutputFolder:
+    """A run's folder, which other runs are kept out of: two that write to one leave neither whole.
 
     The system lets go of the lock when the process ends, however it ends.
-
-    Raises:
-        ConfigError: on every rank, where another process trains there, or the folder cannot be written to.
     """
-    mistake, handle = None, None
-    if ranks.is_main():
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            handle = (output_dir / _LOCK).open("w", encoding="utf-8")
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mistake = "another process is training there; wait for it, or name another --output_dir"
-        except OSError as error:
-            mistake = f"cannot be written ({error.strerror}); name another --output_dir"
-    try:
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        """Take the folder if it is there: a mistake later on must not leave one behind."""
+        if ranks.from_main(self.path.is_dir()):
+            self.take()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+    def take(self) -> None:
+        """Make the folder, and lock it; does nothing the second time. Every rank must call it.
+
+        Raises:
+            ConfigError: on every rank, where another process trains there, or it cannot be written to.
+        """
+        mistake = self._lock() if ranks.is_main() and self._handle is None else None
         if ranks.from_main(mistake is not None):
-            raise ConfigError(f"{output_dir}: {mistake or 'see the main rank'}")
-        yield
-    finally:
-        if handle is not None:
-            handle.close()
+            raise ConfigError(f"{self.path}: {mistake or 'see the main rank'}")
+
+    def _lock(self) -> str | None:
+        handle = None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / _LOCK).open("w", encoding="utf-8")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if handle is not None:
+                handle.close()
+            if isinstance(error, BlockingIOError):
+                return "another process is training there; wait for it, or name another --output_dir"
+            return f"cannot be written ({error.strerror}); name another --output_dir"
+        self._handle = handle
+        return None
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from sparse_llama.errors import CheckpointError, ConfigError
 from sparse_llama.training import checkpoint, loop
 from sparse_llama.training.checkpoint import LATEST, Position, find_checkpoint, list_checkpoints, set_aside
 from sparse_llama.training.durable import find_damage
+from sparse_llama.training.output import OutputFolder
 
 Train = Callable[..., Path]
 SAVING = {"sparse_llama": {"training": {"samples": 0, "save_every": 2, "keep_last": 3}}}
@@ -238,9 +239,7 @@ def test_a_checkpoint_with_other_moments_is_refused(train: Train, saved: Path):
 
 
 def test_two_jobs_do_not_share_an_output_folder(train: Train, saved: Path):
-    from sparse_llama.training.output import sole_user
-
     before = (saved / "run.json").read_bytes()
-    with sole_user(saved), pytest.raises(ConfigError, match="another process is training there"):
+    with OutputFolder(saved), pytest.raises(ConfigError, match="another process is training there"):
         train("run", flags={"resume": "auto"}, **SAVING)
     assert (saved / "run.json").read_bytes() == before
