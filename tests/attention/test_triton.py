@@ -97,7 +97,7 @@ def test_packed_documents_of_grouped_heads_are_the_definition(mode: str):
         ("fixed", 32, 4),
         ("bigbird", 32, 1),
         ("bslongformer", 64, 2),
-        ("fixed per head", 64, 4),
+        pytest.param("fixed per head", 64, 4, marks=pytest.mark.slow),
         pytest.param("window", 128, 2, marks=pytest.mark.slow),
     ],
 )
@@ -108,7 +108,10 @@ def test_larger_blocks_and_ragged_rows_are_the_definition(mode: str, block: int,
     )
 
 
-@pytest.mark.parametrize(("mode", "tiles"), [("variable", "usual"), ("bigbird", "unequal")])
+@pytest.mark.parametrize(
+    ("mode", "tiles"),
+    [pytest.param("variable", "usual", marks=pytest.mark.slow), ("bigbird", "unequal")],
+)
 def test_fp16_is_the_definition_within_its_own_rounding(mode: str, tiles: str):
     check(layout_of(mode, 16, 150), rows_of("packed", 150, 16), 2, dtype=torch.float16, tiles=tiles)
 

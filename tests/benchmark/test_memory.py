@@ -176,6 +176,7 @@ def benchmark(folder: Path, *arguments: str) -> None:
     cli.main(cli.benchmark, cli.benchmark_parser("doc"), asked)
 
 
+@pytest.mark.slow
 def test_the_command_measures_saves_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

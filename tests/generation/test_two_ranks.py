@@ -8,6 +8,8 @@ import torch
 from rank_processes import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.slow  # 20 s: two processes under ZeRO-3
+
 CONFIG = LlamaConfig(
     vocab_size=61,
     hidden_size=32,

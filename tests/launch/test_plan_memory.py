@@ -118,6 +118,7 @@ def test_a_file_that_it_did_not_make_is_not_replaced(capsys: pytest.CaptureFixtu
     assert mine.read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_would(capsys: pytest.CaptureFixture[str]):
     printed = plan(capsys, *DEMO, "--gpu_gib", 1.6, "--host_gib", 8, "--seq_length", 32768)
     assert "DOES NOT FIT: GPU" in printed
