@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparse_llama.config import paths
 from sparse_llama.doctor.checks import SECTIONS
 from sparse_llama.doctor.findings import Finding, Status, count
 
@@ -22,7 +23,6 @@ _WORDS: dict[Status, str] = {"ok": "ok", "warn": "look", "fail": "FAIL", "none":
 _COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red", "none": "dim"}
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_|wandb_)[A-Za-z0-9_-]{8,}")
-_CREDENTIALS = re.compile(r"://[^/\s@]+@")  # in the address of a package index or a proxy
 _SHORTEST_SECRET = 6
 
 
@@ -95,7 +95,7 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
-    text = _CREDENTIALS.sub("://***@", _TOKEN.sub("***", text))
+    text = paths.without_secrets(_TOKEN.sub("***", text))  # of addresses: a package index, a proxy
     for home in sorted({str(Path.home()), os.path.realpath(Path.home())}, key=len, reverse=True):
         if home != "/":
             text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)

@@ -1,7 +1,6 @@
 """What a study has found so far, read from its folder: nothing of a report is anywhere else."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from sparse_llama.study.measure import RESULT
 from sparse_llama.study.runner import MEASURED, Outcome, read_outcome
 from sparse_llama.study.runs import Study, StudyRun
+from sparse_llama.training.metrics import read_step_lines
 
 Curve = list[tuple[int, float]]
 """Step and value."""
@@ -37,11 +37,11 @@ class Result:
 
     def train_curve(self) -> Curve:
         """Return the loss of every step."""
-        return [(line["step"], line["loss"]) for line in _lines(self.folder / "metrics.jsonl")]
+        return [(line["step"], line["loss"]) for line in read_step_lines(self.folder / "metrics.jsonl")]
 
     def validation_curve(self) -> Curve:
         """Return the loss of every validation, that before the first step included."""
-        return [(line["step"], line["loss"]) for line in _lines(self.folder / "validation.jsonl")]
+        return [(line["step"], line["loss"]) for line in read_step_lines(self.folder / "validation.jsonl")]
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,3 @@ def _read(study: Study, run: StudyRun) -> Result:
 
 def _json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)

@@ -230,6 +230,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint in ``folder``, whole or not; None where there is none."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
 def newest_intact(folder: Path) -> Path | None:
     """Return the newest whole checkpoint in ``folder``; None where there is none."""
     whole = (path for path in reversed(list_checkpoints(folder)) if find_damage(path) is None)

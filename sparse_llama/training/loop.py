@@ -16,7 +16,7 @@ from sparse_llama.model.checks import check_first_loss
 from sparse_llama.reporting.tables import plain_console
 from sparse_llama.training import report
 from sparse_llama.training.agreed import agreed_configuration, agreed_session
-from sparse_llama.training.checkpoint import Position, list_checkpoints
+from sparse_llama.training.checkpoint import Position, newest_checkpoint
 from sparse_llama.training.divergence import RECORD, Divergence
 from sparse_llama.training.engine import MONITOR_BLOCKS, gradient_norm, optimizer_step
 from sparse_llama.training.host_memory import private_bytes
@@ -70,8 +70,7 @@ def fit(run: Run, *, num_retries: int = 0) -> None:
     except RuntimeError as error:
         if (words := words_of_lost_rank(error)) is None:
             raise
-        checkpoints = list_checkpoints(run.output_dir / "checkpoints")
-        raise lost_rank(words, checkpoints[-1] if checkpoints else None) from error
+        raise lost_rank(words, newest_checkpoint(run.output_dir / "checkpoints")) from error
     if shortage is not None:
         gc.collect()  # the engine is part of cycles, and whoever catches this may need its memory
         raise RunOutOfMemoryError(shortage)
@@ -110,8 +109,7 @@ def _fit(run: Run, folder: OutputFolder, num_retries: int, started_s: float) -> 
         release(error)
     is_saved = saves is not None and position is not None and _rescue(saves, position, moment)
     is_own = position is not None or run.resume is not None  # else the folder may still hold another run's
-    checkpoints = list_checkpoints(run.output_dir / "checkpoints") if is_own else []
-    newest = checkpoints[-1] if checkpoints else None
+    newest = newest_checkpoint(run.output_dir / "checkpoints") if is_own else None
     if newest is None and isinstance(run.resume, Path):
         newest = run.resume
     return replace(shortage, checkpoint=newest, is_saved_now=is_saved)

@@ -11,6 +11,7 @@ from sparse_llama.training.checkpoint import (
     Position,
     checkpoint_name,
     list_checkpoints,
+    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
     step_of,
@@ -83,7 +84,7 @@ class Saves:
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint of this run; None where there is none."""
-        return next(reversed(list_checkpoints(self.folder)), None)
+        return newest_checkpoint(self.folder)
 
     def prune(self) -> None:
         """Delete what is not to be kept."""
